@@ -1,0 +1,19 @@
+"""Public ops of the kernel room: the flat-batch contract, its reference, and its backends."""
+
+from __future__ import annotations
+
+from .backend import select_ops
+from .batch import PADDING, FlatBatch
+from .filters import ConvFilter, Stream
+from .ops import Ops, PackedLinear, QKNorm
+
+__all__ = [
+    "PADDING",
+    "ConvFilter",
+    "FlatBatch",
+    "Ops",
+    "PackedLinear",
+    "QKNorm",
+    "Stream",
+    "select_ops",
+]

@@ -1,0 +1,249 @@
+"""The kernel contract: every op a model may call, as plain torch, carried state included.
+
+`Ops` *is* the specification: each method is the reference that other backends (Triton on a GPU,
+native code on a CPU) override with the same signature and are compared with. The CPU backend runs
+these methods wherever it has nothing faster.
+
+Shapes: T rows of the flat batch, S sequences, D convolved channels, W taps. Arithmetic inside an
+op is float32 (float64 for float64 inputs) with one rounding to the input dtype at its end.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import reference_attention, reference_conv
+
+if TYPE_CHECKING:
+    from .batch import FlatBatch
+    from .filters import ConvFilter
+
+
+@dataclass(frozen=True)
+class QKNorm:
+    """RMSNorm of queries and keys."""
+
+    mode: Literal["head", "full"]
+    """head: over each head's channels, weight [head_dim]. full: over the whole projection."""
+    order: Literal["conv_first", "norm_first"]
+    """Whether the convolution reads raw projections or normed ones."""
+    q: Tensor
+    k: Tensor
+    eps: float
+
+
+@dataclass(frozen=True)
+class PackedLinear:
+    """Weights of `y = x W^T + b` in whatever form the backend multiplies fastest.
+
+    `weight` is [out, in] for the reference backend and opaque to everybody but the backend that
+    packed it.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    in_features: int
+    out_features: int
+
+
+class Ops:
+    """Reference implementation of every op; other backends override methods."""
+
+    name = "reference"
+
+    def pack_linear(self, weight: Tensor, bias: Tensor | None) -> PackedLinear:
+        """Prepares weight [out, in] (and bias [out]) once, at load."""
+        return PackedLinear(weight, bias, weight.shape[1], weight.shape[0])
+
+    def linear(self, x: Tensor, packed: PackedLinear) -> Tensor:
+        """x [T, in] -> [T, out]."""
+        return F.linear(x, packed.weight, packed.bias)
+
+    def embed(self, token_ids: Tensor, table: Tensor) -> Tensor:
+        """token_ids [T] int64, table [V, H] -> [T, H]."""
+        return F.embedding(token_ids, table)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """x / sqrt(mean(x^2) + eps) * weight over the last axis. x [..., H], weight [H]."""
+        return rms_norm(x, weight, eps)
+
+    def add_rms_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        """Residual add, then RMSNorm. x, residual [T, H] -> (normed, x + residual)."""
+        residual = residual + x
+        return self.rms_norm(residual, weight, eps), residual
+
+    def conv(
+        self, x: Tensor, z: Tensor | None, filters: ConvFilter, ring: Tensor, batch: FlatBatch
+    ) -> Tensor:
+        """The convolution alone: generates filters from z, applies them, leaves the ring right.
+
+        Args:
+            x: [T, C] inputs of this step, possibly a column slice of a wider tensor.
+            z: [T, Z] generator output (all streams side by side); None for static filters.
+            ring: [slots, ring_len, D]; read for taps before this step's rows, then written.
+
+        Returns:
+            [T, C]; channels that no stream covers are x unchanged.
+        """
+        return reference_conv.conv(x, z, filters, ring, batch)
+
+    def qkv_rope_write(
+        self,
+        qkv: Tensor,
+        z: Tensor | None,
+        filters: ConvFilter | None,
+        ring: Tensor | None,
+        norm: QKNorm | None,
+        rope: Tensor,
+        k_pages: Tensor,
+        v_pages: Tensor,
+        batch: FlatBatch,
+    ) -> Tensor:
+        """Convolution of q, k, v, QK-norm in either order, RoPE, and the store into KV pages.
+
+        Args:
+            qkv: [T, (Hq + 2 Hkv) * d], q then k then v, possibly a column slice.
+            z, filters, ring: as `conv`, over the qkv channels; filters None for no convolution.
+            rope: [T, rot] float32, cos then sin (rot / 2 each) of each row's position; rotates
+                the first `rot` channels of each head in halves, leaves the rest.
+            k_pages, v_pages: [pages, Hkv, page_size, d]; rows go to `batch.kv_rows`.
+
+        Returns:
+            q [T, Hq, d], contiguous.
+        """
+        kv_heads, head_dim = k_pages.shape[1], k_pages.shape[3]
+        kv_width = kv_heads * head_dim
+        q_width = qkv.shape[1] - 2 * kv_width
+        if norm is not None and norm.order == "norm_first":
+            qkv = _norm_qk(qkv, norm, q_width, kv_width, head_dim)
+        if filters is not None:
+            assert ring is not None
+            qkv = self.conv(qkv, z, filters, ring, batch)
+        if norm is not None and norm.order == "conv_first":
+            qkv = _norm_qk(qkv, norm, q_width, kv_width, head_dim)
+        heads = qkv.unflatten(1, (-1, head_dim))
+        q_heads = q_width // head_dim
+        roped = apply_rope(heads[:, : q_heads + kv_heads], rope)
+        reference_attention.store_kv(roped[:, q_heads:], k_pages, batch)
+        reference_attention.store_kv(heads[:, q_heads + kv_heads :], v_pages, batch)
+        return roped[:, :q_heads].contiguous()
+
+    def attention(
+        self,
+        q: Tensor,
+        k_pages: Tensor,
+        v_pages: Tensor,
+        batch: FlatBatch,
+        scale: float,
+        window: int | None = None,
+    ) -> Tensor:
+        """Causal attention over the paged cache, which already holds this step's K and V.
+
+        A row at position p sees positions max(0, p - window + 1) .. p of its sequence.
+
+        Args:
+            q: [T, Hq, d]. k_pages, v_pages: [pages, Hkv, page_size, d]; Hkv divides Hq.
+
+        Returns:
+            [T, Hq * d].
+        """
+        return reference_attention.attention(q, k_pages, v_pages, batch, scale, window)
+
+    def conv_add_rms_norm(
+        self,
+        x: Tensor,
+        z: Tensor | None,
+        filters: ConvFilter | None,
+        ring: Tensor | None,
+        residual: Tensor,
+        weight: Tensor,
+        eps: float,
+        batch: FlatBatch,
+    ) -> tuple[Tensor, Tensor]:
+        """Convolution after o or down, residual add, next RMSNorm.
+
+        x, residual [T, H] -> (normed [T, H], new residual [T, H]). filters None: no convolution.
+        """
+        if filters is not None:
+            assert ring is not None
+            x = self.conv(x, z, filters, ring, batch)
+        return self.add_rms_norm(x, residual, weight, eps)
+
+    def conv_silu_mul(
+        self,
+        gate_up: Tensor,
+        z: Tensor | None,
+        filters: ConvFilter | None,
+        ring: Tensor | None,
+        batch: FlatBatch,
+    ) -> Tensor:
+        """Convolution after gate and up, then silu(gate) * up. gate_up [T, 2 I] -> [T, I]."""
+        if filters is not None:
+            assert ring is not None
+            gate_up = self.conv(gate_up, z, filters, ring, batch)
+        gate, up = gate_up.chunk(2, dim=1)
+        return (F.silu(widen(gate)) * up).to(gate_up.dtype)
+
+    def moe(
+        self,
+        x: Tensor,
+        router_logits: Tensor,
+        gate_up: Tensor,
+        down: Tensor,
+        top_k: int,
+        normalize: bool,
+    ) -> Tensor:
+        """Top-k mixture of SwiGLU experts.
+
+        Args:
+            x: [T, H]. router_logits: [T, E]. gate_up: [E, 2 I, H]. down: [E, H, I].
+            normalize: divide the chosen probabilities by their sum.
+        """
+        weights, experts = widen(router_logits).softmax(-1).topk(top_k, dim=-1)
+        if normalize:
+            weights = weights / weights.sum(-1, keepdim=True)
+        out = torch.zeros_like(widen(x))
+        for expert in experts.unique().tolist():
+            row, choice = (experts == expert).nonzero(as_tuple=True)
+            gate, up = F.linear(x[row], gate_up[expert]).chunk(2, dim=1)
+            y = F.linear((F.silu(widen(gate)) * up).to(x.dtype), down[expert])
+            out.index_add_(0, row, y * weights[row, choice, None])
+        return out.to(x.dtype)
+
+
+def widen(x: Tensor) -> Tensor:
+    """x in the dtype that ops compute in: float32, or float64 for float64 inputs."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm in the wider of float32 and x's dtype, rounded once."""
+    wide = widen(x)
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (normed * weight).to(x.dtype)
+
+
+def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
+    """Rotates x [T, heads, d] by rope [T, rot] (cos then sin), pairing channel i with i + rot/2."""
+    half = rope.shape[1] // 2
+    cos, sin = rope[:, None, :half], rope[:, None, half:]
+    first, second = x[..., :half], x[..., half : 2 * half]
+    rotated = (first * cos - second * sin, second * cos + first * sin)
+    return torch.cat((*(r.to(x.dtype) for r in rotated), x[..., 2 * half :]), dim=-1)
+
+
+def _norm_qk(qkv: Tensor, norm: QKNorm, q_width: int, kv_width: int, head_dim: int) -> Tensor:
+    q, k, v = qkv.split((q_width, kv_width, kv_width), dim=1)
+    if norm.mode == "head":
+        q = rms_norm(q.unflatten(1, (-1, head_dim)), norm.q, norm.eps).flatten(1)
+        k = rms_norm(k.unflatten(1, (-1, head_dim)), norm.k, norm.eps).flatten(1)
+    else:
+        q, k = rms_norm(q, norm.q, norm.eps), rms_norm(k, norm.k, norm.eps)
+    return torch.cat((q, k, v), dim=1)
