@@ -1,0 +1,104 @@
+"""From a plan to tensors: the one place where page ids, slots and rows are translated.
+
+Sequence row: index of a work in the step. Token row: index of a token in the step. Page and slot
+ids come from the cache manager. Page tables live in persistent host rows, one per slot.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from .models import PADDING, FlatBatch, ForwardBatch
+
+if TYPE_CHECKING:
+    from ..cache import CacheManager, LayerState
+    from ..cache.pools import SequenceId
+    from .plan import StepPlan
+
+
+class BatchBuilder:
+    """Builds ForwardBatch records for one cache and one device."""
+
+    def __init__(
+        self,
+        cache: CacheManager,
+        state: tuple[LayerState, ...],
+        max_model_len: int,
+        device: torch.device,
+    ) -> None:
+        sizes = cache.sizes
+        self._cache = cache
+        self._state = state
+        self._device = device
+        self._table = np.zeros(
+            (sizes.num_slots + 1, cache.pages_for(max_model_len)), dtype=np.int32
+        )
+        self._admission = [0] * (sizes.num_slots + 1)
+        self._filled = [0] * (sizes.num_slots + 1)
+
+    def build(self, plan: StepPlan) -> ForwardBatch:
+        """Tensors of a non-empty plan."""
+        works, sizes = plan.works, self._cache.sizes
+        count = len(works)
+        starts = np.fromiter((w.start for w in works), np.int32, count)
+        rows = np.fromiter((w.rows for w in works), np.int32, count)
+        ends = starts + rows
+        offsets = np.zeros(count + 1, np.int32)
+        np.cumsum(rows, out=offsets[1:])
+        slots = np.fromiter((self._cache.slot(w.seq.id) for w in works), np.int32, count)
+        for work in works:
+            self._refresh(work.seq.id)
+        max_len = int(ends.max())
+        pages = self._table[slots, : self._cache.pages_for(max_len)]
+
+        row_seq = np.repeat(np.arange(count, dtype=np.int32), rows)
+        positions = np.arange(offsets[-1], dtype=np.int64) - (offsets[:-1] - starts)[row_seq]
+        page = pages[row_seq, positions // sizes.page_size].astype(np.int64)
+        kv_rows = page * sizes.page_size + positions % sizes.page_size
+        ring_rows = slots[row_seq].astype(np.int64) * sizes.ring_len + positions % sizes.ring_len
+        ring_rows[positions < (ends - sizes.ring_len)[row_seq]] = PADDING
+
+        tokens = [t for w in works for t in w.seq.tokens[w.start : w.stop]]
+        logit_rows: list[int] = []
+        for work, offset in zip(works, offsets.tolist(), strict=False):
+            first = offset + work.score_from
+            logit_rows += range(first, first + work.score_rows)
+            if work.samples:
+                logit_rows.append(offset + work.rows - 1)
+        flat = FlatBatch(
+            positions=self._tensor(positions),
+            row_seq=self._tensor(row_seq),
+            starts=self._tensor(starts),
+            offsets=self._tensor(offsets),
+            slots=self._tensor(slots),
+            pages=self._tensor(pages),
+            kv_rows=self._tensor(kv_rows),
+            ring_rows=self._tensor(ring_rows),
+            ring_len=sizes.ring_len,
+            max_rows=int(rows.max()),
+            max_len=max_len,
+            spans=tuple((w.start, w.rows) for w in works),
+        )
+        return ForwardBatch(
+            token_ids=self._tensor(np.array(tokens, dtype=np.int64)),
+            flat=flat,
+            state=self._state,
+            logit_rows=self._tensor(np.array(logit_rows, dtype=np.int64)),
+        )
+
+    def _refresh(self, seq: SequenceId) -> None:
+        """Brings the slot's page-table row up to date; tables only ever grow at their end."""
+        slot, pages = self._cache.slot(seq), self._cache.pages(seq)
+        admission = self._cache.admission(seq)
+        if self._admission[slot] != admission:
+            self._admission[slot], self._filled[slot] = admission, 0
+        filled = self._filled[slot]
+        if filled < len(pages):
+            self._table[slot, filled : len(pages)] = pages[filled:]
+            self._filled[slot] = len(pages)
+
+    def _tensor(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array).to(self._device)

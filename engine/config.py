@@ -1,0 +1,35 @@
+"""How an engine is set up: the options a user gives."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Engine options, spelled as the flags of `convserve serve` and arguments of `LLM`.
+
+    Immutable. "auto" and None are decided once at start (`resolve.py`) into a `ResolvedConfig`.
+    """
+
+    model: str
+    """A folder in Hugging Face layout."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    max_num_seqs: int = 64
+    """Most sequences that run at once (conv-ring slots)."""
+    max_batch_tokens: int = 0
+    """Most token rows in one step; 0 lets the engine choose for the device."""
+    max_model_len: int = 0
+    """Most tokens of prompt and output together; 0 for the model's context length."""
+    memory: str = "auto"
+    """Budget of the page pool: bytes (`2GiB`), a share of free memory (`50%`), or auto."""
+    page_size: int = 16
+    """Tokens per KV page; a power of two, 1..256."""
+    threads: int = 0
+    """CPU threads of the engine; 0 for all cores."""
+    backend: Literal["auto", "reference"] = "auto"
+    """Kernel backend; `reference` forces plain torch."""
+    progress: bool = False
+    """Show progress bars on stderr while starting."""

@@ -1,0 +1,126 @@
+"""The engine's step: plan, build, run, sample, commit. Read this file first.
+
+An EngineCore is driven by whoever owns it (a process loop, a thread, the offline `LLM`): requests
+are added between steps and every step returns the events it produced.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from ..cache import CacheManager, allocate, apply_copies
+from .batch_builder import BatchBuilder
+from .messages import EngineStats
+from .sampler import Sampler
+from .scheduler import Scheduler
+
+if TYPE_CHECKING:
+    from ..cache import StateSpec
+    from .messages import GenerateRequest, TokenEvent
+    from .models import ForwardBatch
+    from .resolve import Limits
+
+
+class Model(Protocol):
+    """What the core needs of a model."""
+
+    @property
+    def state_spec(self) -> StateSpec:
+        """The state it carries."""
+        ...
+
+    def forward(self, batch: ForwardBatch) -> torch.Tensor:
+        """Logits [L, V] of the rows wanted."""
+        ...
+
+
+class EngineCore:
+    """A model, its cache and its scheduler."""
+
+    def __init__(
+        self,
+        model: Model,
+        limits: Limits,
+        eos_token_ids: tuple[int, ...],
+        device: torch.device,
+        poison: bool = False,
+    ) -> None:
+        """Allocates the cache. `poison` fills it with NaN (tests)."""
+        self.limits = limits
+        self._model = model
+        self._cache = CacheManager(limits.sizes)
+        self._state = allocate(model.state_spec, limits.sizes, device, poison)
+        self._builder = BatchBuilder(self._cache, self._state, limits.max_model_len, device)
+        self._scheduler = Scheduler(
+            self._cache, limits.max_batch_tokens, limits.max_model_len, eos_token_ids
+        )
+        self._sampler = Sampler(eos_token_ids)
+        self._steps = 0
+        self._step_tokens = 0
+        self._step_seconds = self._scheduler_seconds = self._seconds_total = 0.0
+
+    @property
+    def has_work(self) -> bool:
+        """A step would do something."""
+        return self._scheduler.has_work
+
+    def add(self, request: GenerateRequest) -> None:
+        """Queues a request whose parameters and prompt length were checked."""
+        self._scheduler.add(request)
+
+    def abort(self, request_id: str, index: int | None = None) -> None:
+        """Ends a request or one choice of it; frees what it holds before the next step."""
+        self._scheduler.abort(request_id, index)
+
+    def abort_all(self) -> list[str]:
+        """Ends every request; returns their ids."""
+        return self._scheduler.abort_all()
+
+    @torch.inference_mode()
+    def step(self) -> list[TokenEvent]:
+        """Advances every sequence that can advance; returns what there is to report."""
+        started = time.perf_counter()
+        plan = self._scheduler.plan()
+        if not plan.works:
+            return []
+        planned = time.perf_counter()
+        apply_copies(self._state, plan.copies)
+        batch = self._builder.build(plan)
+        logits = self._model.forward(batch)
+        sampled = self._sampler.sample(logits, plan)
+        ran = time.perf_counter()
+        events = self._scheduler.commit(plan, sampled)
+        ended = time.perf_counter()
+        self._steps += 1
+        self._step_tokens = plan.num_rows
+        self._step_seconds = ended - started
+        self._scheduler_seconds = (planned - started) + (ended - ran)
+        self._seconds_total += ended - started
+        return events
+
+    def stats(self) -> EngineStats:
+        """Gauges and counters, now."""
+        sizes, cache, scheduler = self.limits.sizes, self._cache, self._scheduler
+        return EngineStats(
+            running=scheduler.num_running,
+            waiting=scheduler.num_waiting,
+            pages_total=sizes.num_pages,
+            pages_used=sizes.num_pages - cache.free_pages,
+            slots_total=sizes.num_slots,
+            slots_used=sizes.num_slots - cache.free_slots,
+            preemptions=scheduler.num_preemptions,
+            prompt_tokens=scheduler.num_prompt_tokens,
+            generation_tokens=scheduler.num_generated_tokens,
+            steps=self._steps,
+            step_tokens=self._step_tokens,
+            step_seconds=self._step_seconds,
+            scheduler_seconds=self._scheduler_seconds,
+            step_seconds_total=self._seconds_total,
+        )
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError if the cache's books do not add up."""
+        self._cache.check_integrity()

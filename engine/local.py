@@ -1,0 +1,90 @@
+"""An engine in a thread of this process: for tests and small tools."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+from typing import TYPE_CHECKING
+
+from .loop import run_loop
+from .messages import EngineCommand, EngineReply, Heartbeat, Shutdown, StepReport
+from .streams import RequestStreams
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from .core import EngineCore
+    from .messages import EngineInfo, EngineStats, GenerateRequest, TokenEvent
+
+_log = logging.getLogger(__name__)
+
+
+class LocalClient:
+    """An `EngineClient` over an EngineCore of this process. Create it on a running event loop."""
+
+    def __init__(self, core: EngineCore, info: EngineInfo) -> None:
+        self._event_loop = asyncio.get_running_loop()
+        self._inbox: queue.SimpleQueue[EngineCommand] = queue.SimpleQueue()
+        self._streams = RequestStreams(info, self._inbox.put)
+        self._ended = asyncio.Event()
+        self._thread = threading.Thread(target=self._run, args=(core, info), daemon=True)
+        self._thread.start()
+
+    @property
+    def info(self) -> EngineInfo:
+        """See `EngineClient`."""
+        return self._streams.info
+
+    @property
+    def stats(self) -> EngineStats:
+        """See `EngineClient`."""
+        return self._streams.stats
+
+    @property
+    def is_alive(self) -> bool:
+        """See `EngineClient`."""
+        return self._streams.is_alive
+
+    @property
+    def heartbeat_age(self) -> float:
+        """See `EngineClient`."""
+        return self._streams.heartbeat_age
+
+    def submit(self, request: GenerateRequest) -> AsyncIterator[TokenEvent]:
+        """See `EngineClient`."""
+        return self._streams.submit(request)
+
+    def abort(self, request_id: str, index: int | None = None) -> None:
+        """See `EngineClient`."""
+        self._streams.abort(request_id, index)
+
+    async def wait_dead(self) -> int | None:
+        """See `EngineClient`."""
+        await self._ended.wait()
+        return None
+
+    async def close(self) -> None:
+        """See `EngineClient`."""
+        self._streams.close()
+        self._inbox.put(Shutdown())
+        await asyncio.to_thread(self._thread.join)
+
+    def _run(self, core: EngineCore, info: EngineInfo) -> None:
+        why = "the engine was shut down"
+        try:
+            run_loop(core, info, self._inbox, self._deliver)
+        except Exception as error:  # whatever it was, nobody may be left waiting
+            _log.exception("the engine failed")
+            why = f"the engine failed: {type(error).__name__}: {error}"
+        finally:
+            self._event_loop.call_soon_threadsafe(self._end, why)
+
+    def _deliver(self, reply: EngineReply) -> None:
+        assert isinstance(reply, (StepReport, Heartbeat))
+        self._event_loop.call_soon_threadsafe(self._streams.receive, reply)
+
+    def _end(self, why: str) -> None:
+        self._streams.die(why)
+        self._ended.set()

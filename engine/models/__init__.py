@@ -1,0 +1,22 @@
+"""Model definitions: config.json to layers, weights to tensors. Knows no scheduler, no server."""
+
+from __future__ import annotations
+
+from .config import ModelConfig, read_config
+from .decoder import Decoder, load_decoder, replay_length
+from .errors import ModelError
+from .forward_batch import PADDING, FlatBatch, ForwardBatch
+from .registry import load_model
+
+__all__ = [
+    "PADDING",
+    "Decoder",
+    "FlatBatch",
+    "ForwardBatch",
+    "ModelConfig",
+    "ModelError",
+    "load_decoder",
+    "load_model",
+    "read_config",
+    "replay_length",
+]

@@ -1,0 +1,28 @@
+"""What one forward pass of a model reads: rows, addresses, state."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ...kernels import PADDING, FlatBatch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ...cache.specs import LayerState
+
+__all__ = ["PADDING", "FlatBatch", "ForwardBatch"]
+
+
+@dataclass(frozen=True)
+class ForwardBatch:
+    """One step's input to a model. T rows, L of them with logits wanted."""
+
+    token_ids: Tensor
+    """[T] int64."""
+    flat: FlatBatch
+    state: tuple[LayerState, ...]
+    """Pages and rings of each layer, read and written in place."""
+    logit_rows: Tensor
+    """[L] int64. Rows whose next-token logits are wanted."""

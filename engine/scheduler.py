@@ -1,0 +1,309 @@
+"""Who advances by how many tokens: the queues, admission, preemption, and the end of sequences.
+
+There is no prefill phase and no decode phase. Every sequence has `tokens` and `num_computed`, and
+each step it advances by some of the tokens in between: one when it is generating, a chunk when its
+prompt (or what a preemption took) is still to be computed. `plan` decides and reserves; `commit`
+takes the results in. Nothing here knows about tensors or text.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import random
+import time
+from typing import TYPE_CHECKING
+
+from ..cache import Copies
+from ..cache.pools import SequenceId
+from .messages import TokenEvent
+from .plan import Sampled, StepPlan, Work
+from .sequence import Sequence, Status
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from ..cache import CacheManager
+    from .messages import FinishReason, GenerateRequest
+
+MAX_SCORED_ROWS = 256
+"""Rows with logits for every one of them are many numbers: a scored chunk is at most this long."""
+
+WATERMARK = 0.01
+"""Share of the pages kept free at admission, so that running sequences can grow."""
+
+
+class Scheduler:
+    """Queues of sequences over a cache manager."""
+
+    def __init__(
+        self,
+        cache: CacheManager,
+        max_batch_tokens: int,
+        max_model_len: int,
+        eos_token_ids: Iterable[int],
+    ) -> None:
+        assert max_model_len <= cache.sizes.capacity, "a sequence alone must fit in the pool"
+        self._cache = cache
+        self._max_batch_tokens = max_batch_tokens
+        self._max_model_len = max_model_len
+        self._eos = frozenset(eos_token_ids)
+        self._waiting: list[Sequence] = []  # ascending rank
+        self._running: list[Sequence] = []
+        self._live: dict[str, list[Sequence]] = {}
+        self._copies: list[Copies] = []
+        self._ids = itertools.count(1)
+        self.num_preemptions = 0
+        self.num_prompt_tokens = 0
+        self.num_generated_tokens = 0
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences waiting, those that will fork from another included."""
+        return len(self._waiting) + sum(len(s.forks) for s in (*self._waiting, *self._running))
+
+    @property
+    def num_running(self) -> int:
+        """Sequences that own state."""
+        return len(self._running)
+
+    @property
+    def has_work(self) -> bool:
+        """A sequence is running or waiting."""
+        return bool(self._running or self._waiting)
+
+    def add(self, request: GenerateRequest) -> None:
+        """Queues a request: its first choice, with the others waiting to fork from it."""
+        assert request.request_id not in self._live, f"request {request.request_id} is live"
+        assert 0 < len(request.prompt) < self._max_model_len, "prompt length unchecked"
+        choices = [self._sequence(request, index) for index in range(request.params.n)]
+        choices[0].forks = choices[1:]
+        if request.params.prompt_logprobs is not None:
+            choices[0].prompt_logprobs = [None]
+        self._live[request.request_id] = choices
+        self._enqueue(choices[0])
+        self.num_prompt_tokens += len(request.prompt)
+
+    def abort(self, request_id: str, index: int | None = None) -> None:
+        """Ends a request, or one choice of it, at once; ends of unknown ones are no news."""
+        for seq in list(self._live.get(request_id, ())):
+            if index is None or seq.index == index:
+                self._end(seq, "abort")
+
+    def abort_all(self) -> list[str]:
+        """Ends everything; the ids of the requests that were live."""
+        ids = list(self._live)
+        for request_id in ids:
+            self.abort(request_id)
+        return ids
+
+    def plan(self) -> StepPlan:
+        """Decides the next step and reserves its pages. Empty if nothing can advance.
+
+        Running sequences go first, those about to generate before those with chunks to compute, so
+        that a long prompt never stalls a stream; then waiting ones in order while they fit.
+        """
+        budget = self._max_batch_tokens
+        works: list[Work] = []
+        planned: set[SequenceId] = set()
+        preemptions_before = self.num_preemptions
+        for seq in sorted(self._running, key=lambda s: (s.num_pending > 1, s.rank)):
+            if budget == 0:
+                break
+            if seq.status is not Status.RUNNING:
+                continue  # preempted for one before it
+            work = self._work(seq, budget)
+            if self._make_room(seq, work.stop, planned):
+                works.append(work)
+                planned.add(seq.id)
+                budget -= work.rows
+        while self._waiting and budget and self.num_preemptions == preemptions_before:
+            seq = self._waiting[0]
+            reserve = int(self._cache.sizes.num_pages * WATERMARK) if self._running else 0
+            if not self._cache.admit(seq.id, len(seq.tokens), reserve):
+                break
+            self._start(self._waiting.pop(0))
+            work = self._work(seq, budget)
+            works.append(work)
+            budget -= work.rows
+        copies = self._take_copies()
+        return StepPlan(tuple(works), copies)
+
+    def commit(self, plan: StepPlan, sampled: list[Sampled]) -> list[TokenEvent]:
+        """Takes a step's results in: advances, appends, forks, finishes. Returns what to report."""
+        events: list[TokenEvent] = []
+        for work, result in zip(plan.works, sampled, strict=True):
+            seq = work.seq
+            if seq.status is not Status.RUNNING:
+                continue
+            seq.num_computed = work.stop
+            if seq.prompt_logprobs is not None:
+                seq.prompt_logprobs += result.scored
+            if seq.forks and seq.num_computed >= seq.prompt_len:
+                self._fork(seq)
+            if result.is_broken:
+                events.append(self._failure(seq))
+            elif result.token_id is not None:
+                events.append(self._append(seq, result))
+        return events
+
+    def _sequence(self, request: GenerateRequest, index: int) -> Sequence:
+        params, prompt_len = request.params, len(request.prompt)
+        max_len = self._max_model_len
+        if params.max_tokens is not None:
+            max_len = min(max_len, prompt_len + params.max_tokens)
+        seed = params.seed if params.seed is not None else random.getrandbits(64)
+        number = next(self._ids)
+        return Sequence(
+            id=SequenceId(number),
+            request_id=request.request_id,
+            index=index,
+            params=params,
+            tokens=list(request.prompt),
+            prompt_len=prompt_len,
+            max_len=max_len,
+            seed=seed,
+            priority=request.priority,
+            arrival=number,
+            arrived_at=time.monotonic(),
+        )
+
+    def _enqueue(self, seq: Sequence) -> None:
+        seq.status = Status.WAITING
+        bisect.insort(self._waiting, seq, key=lambda s: s.rank)
+
+    def _start(self, seq: Sequence) -> None:
+        seq.status = Status.RUNNING
+        self._running.append(seq)
+        if seq.first_scheduled_at is None:
+            seq.first_scheduled_at = time.monotonic()
+
+    def _work(self, seq: Sequence, budget: int) -> Work:
+        rows = min(seq.num_pending, budget)
+        to_score = seq.num_to_score
+        if to_score:
+            rows = min(rows, MAX_SCORED_ROWS)
+        # Rows scored before a preemption are computed again but not scored again.
+        skip = max(0, seq.prompt_len - 1 - to_score - seq.num_computed) if to_score else 0
+        return Work(
+            seq,
+            start=seq.num_computed,
+            rows=rows,
+            samples=rows == seq.num_pending,
+            score_from=skip,
+            score_rows=max(0, min(rows - skip, to_score)),
+        )
+
+    def _make_room(self, seq: Sequence, num_tokens: int, planned: set[SequenceId]) -> bool:
+        """Extends the sequence's pages, preempting the last in rank until it fits."""
+        while not self._cache.extend(seq.id, num_tokens):
+            candidates = [s for s in self._running if s.id not in planned]
+            victim = max(candidates, key=lambda s: s.rank)
+            self._preempt(victim)
+            if victim is seq:
+                return False
+        return True
+
+    def _preempt(self, seq: Sequence) -> None:
+        """Gives the sequence's state back; it will be computed again from its tokens."""
+        self._cache.release(seq.id)
+        self._running.remove(seq)
+        seq.num_computed = 0
+        self._enqueue(seq)
+        self.num_preemptions += 1
+
+    def _fork(self, leader: Sequence) -> None:
+        """Starts the leader's other choices from the state before the last prompt token.
+
+        They compute that token again, each in a page of its own, and so come to sample for
+        themselves. Those that do not fit now compute the prompt by themselves later.
+        """
+        forks, leader.forks = leader.forks, []
+        for seq in forks:
+            copies = self._cache.fork(leader.id, seq.id, leader.prompt_len - 1)
+            if copies is None:
+                self._enqueue(seq)
+                continue
+            seq.num_computed = leader.prompt_len - 1
+            self._copies.append(copies)
+            self._start(seq)
+
+    def _take_copies(self) -> Copies:
+        taken, self._copies = self._copies, []
+        return Copies(
+            pages=tuple(pair for c in taken for pair in c.pages),
+            slots=tuple(pair for c in taken for pair in c.slots),
+        )
+
+    def _append(self, seq: Sequence, result: Sampled) -> TokenEvent:
+        token = result.token_id
+        assert token is not None
+        seq.tokens.append(token)
+        self.num_generated_tokens += 1
+        finish: FinishReason | None = None
+        stop_token = None
+        if token in seq.params.stop_token_ids:
+            finish, stop_token = "stop", token
+        elif token in self._eos and not seq.params.ignore_eos:
+            finish = "stop"
+        elif len(seq.tokens) >= seq.max_len:
+            finish = "length"
+        event = self._event(seq, (token,), result, finish, stop_token)
+        if finish is not None:
+            self._end(seq, finish)
+        return event
+
+    def _event(
+        self,
+        seq: Sequence,
+        token_ids: tuple[int, ...],
+        result: Sampled,
+        finish: FinishReason | None,
+        stop_token: int | None,
+    ) -> TokenEvent:
+        logprobs = () if result.logprobs is None else (result.logprobs,)
+        if seq.has_reported:
+            return TokenEvent(seq.request_id, seq.index, token_ids, logprobs, finish, stop_token)
+        seq.has_reported = True
+        now, started = time.monotonic(), seq.first_scheduled_at
+        assert started is not None
+        return TokenEvent(
+            seq.request_id,
+            seq.index,
+            token_ids,
+            logprobs,
+            finish,
+            stop_token,
+            prompt_logprobs=None if seq.prompt_logprobs is None else tuple(seq.prompt_logprobs),
+            queue_seconds=started - seq.arrived_at,
+            prefill_seconds=now - started,
+        )
+
+    def _failure(self, seq: Sequence) -> TokenEvent:
+        self._end(seq, "error")
+        return TokenEvent(
+            seq.request_id,
+            seq.index,
+            finish_reason="error",
+            error="the model produced logits that are not finite",
+        )
+
+    def _end(self, seq: Sequence, reason: FinishReason) -> None:
+        """Finishes a sequence wherever it stands and frees what it owns."""
+        if seq.status is Status.RUNNING:
+            self._running.remove(seq)
+        elif seq in self._waiting:
+            self._waiting.remove(seq)
+        forks, seq.forks = seq.forks, []
+        for other in forks:  # they lose the prompt they would have shared
+            self._enqueue(other)
+        for other in self._live[seq.request_id]:
+            if seq in other.forks:
+                other.forks.remove(seq)
+        self._cache.release(seq.id)
+        seq.status = Status.FINISHED
+        seq.finish_reason = reason
+        siblings = self._live[seq.request_id]
+        siblings.remove(seq)
+        if not siblings:
+            del self._live[seq.request_id]

@@ -1,0 +1,81 @@
+"""One continuation of one prompt: its tokens, how far its state reaches, and when it ends.
+
+Only the scheduler writes a Sequence; everybody else reads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..cache.pools import SequenceId
+    from .messages import FinishReason, Logprobs, SamplingParams
+
+
+class Status(Enum):
+    """Where a sequence stands."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(eq=False)
+class Sequence:
+    """A prompt and what has been generated after it."""
+
+    id: SequenceId
+    request_id: str
+    index: int
+    """Choice of the request, 0 .. n-1."""
+    params: SamplingParams
+    tokens: list[int]
+    """Prompt, then output."""
+    prompt_len: int
+    max_len: int
+    """Ends with `length` at this many tokens."""
+    seed: int
+    """Of this choice's random numbers; one 64-bit number whether or not the user gave a seed."""
+    priority: int
+    arrival: int
+    """Order of arrival in the engine."""
+    arrived_at: float
+    """time.monotonic() at arrival."""
+
+    num_computed: int = 0
+    """Tokens whose state is in the cache; 0 again after a preemption."""
+    status: Status = Status.WAITING
+    forks: list[Sequence] = field(default_factory=list)
+    """Other choices of the request, waiting to share this one's prompt."""
+    prompt_logprobs: list[Logprobs | None] | None = None
+    """Filled from the front as prompt rows are computed, when asked for."""
+    first_scheduled_at: float | None = None
+    has_reported: bool = False
+    """Its first event has been sent."""
+    finish_reason: FinishReason | None = None
+
+    @property
+    def num_pending(self) -> int:
+        """Tokens that are known and not yet computed: the rows it would like to advance."""
+        return len(self.tokens) - self.num_computed
+
+    @property
+    def num_output(self) -> int:
+        """Tokens generated so far."""
+        return len(self.tokens) - self.prompt_len
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Order of service: priority, then arrival. The largest is preempted first."""
+        return (self.priority, self.arrival)
+
+    @property
+    def num_to_score(self) -> int:
+        """Prompt rows from num_computed on whose next token's log-probability is still wanted."""
+        if self.params.prompt_logprobs is None or self.prompt_logprobs is None:
+            return 0
+        # Row p scores token p + 1, and entry 0 (no token before it) is there from the start.
+        scored = len(self.prompt_logprobs) - 1
+        return max(0, self.prompt_len - 1 - max(scored, self.num_computed))

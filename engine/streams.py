@@ -1,0 +1,119 @@
+"""Open requests on the client's side: who waits for which events, and how each of them ends."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import TYPE_CHECKING
+
+from .client import EngineDeadError
+from .messages import (
+    AbortRequest,
+    EngineCommand,
+    EngineInfo,
+    EngineStats,
+    GenerateRequest,
+    Heartbeat,
+    StepReport,
+    TokenEvent,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+
+
+class _Stream:
+    def __init__(self, choices: int) -> None:
+        self.events: asyncio.Queue[TokenEvent | EngineDeadError | None] = asyncio.Queue()
+        self.open = set(range(choices))
+
+
+class RequestStreams:
+    """Routes reports to the iterators that wait for them. Lives on one event loop."""
+
+    def __init__(self, info: EngineInfo, send: Callable[[EngineCommand], None]) -> None:
+        """`send` passes a command to the engine and never blocks."""
+        self.info = info
+        self.stats = EngineStats(pages_total=info.num_pages, slots_total=info.max_num_seqs)
+        self._send = send
+        self._streams: dict[str, _Stream] = {}
+        self._death: EngineDeadError | None = None
+        self._heard_at = time.monotonic()
+
+    @property
+    def is_alive(self) -> bool:
+        """The engine is not known to be gone."""
+        return self._death is None
+
+    @property
+    def heartbeat_age(self) -> float:
+        """Seconds since the engine last said anything."""
+        return time.monotonic() - self._heard_at
+
+    async def submit(self, request: GenerateRequest) -> AsyncIterator[TokenEvent]:
+        """See `EngineClient.submit`."""
+        if self._death is not None:
+            raise self._death
+        stream = _Stream(request.params.n)
+        assert request.request_id not in self._streams, "request ids are unique"
+        self._streams[request.request_id] = stream
+        self._send(request)
+        try:
+            while True:
+                event = await stream.events.get()
+                if event is None:
+                    return
+                if isinstance(event, EngineDeadError):
+                    raise event
+                yield event
+                if not stream.open and stream.events.empty():
+                    return
+        finally:
+            del self._streams[request.request_id]
+            if stream.open and self._death is None:
+                self._send(AbortRequest(request.request_id))
+
+    def abort(self, request_id: str, index: int | None = None) -> None:
+        """See `EngineClient.abort`."""
+        stream = self._streams.get(request_id)
+        if stream is None or self._death is not None:
+            return
+        gone = stream.open if index is None else stream.open & {index}
+        if not gone:
+            return
+        stream.open = stream.open - gone
+        self._send(AbortRequest(request_id, index))
+        if not stream.open:
+            stream.events.put_nowait(None)
+
+    def receive(self, report: StepReport | Heartbeat) -> None:
+        """Takes a report of the engine in."""
+        self._heard_at = time.monotonic()
+        self.stats = report.stats
+        if isinstance(report, Heartbeat):
+            return
+        for event in report.events:
+            stream = self._streams.get(event.request_id)
+            # Events of choices that were aborted may still be on their way.
+            if stream is None or event.index not in stream.open:
+                continue
+            if event.finish_reason is not None:
+                stream.open = stream.open - {event.index}
+            stream.events.put_nowait(event)
+
+    def close(self) -> None:
+        """Ends every open request with `abort`: the engine is being shut down."""
+        for request_id, stream in self._streams.items():
+            for index in sorted(stream.open):
+                stream.events.put_nowait(TokenEvent(request_id, index, finish_reason="abort"))
+            stream.open = set()
+        self.die("the engine was shut down")
+
+    def die(self, why: str) -> None:
+        """Tells every waiter, now and later, that the engine is gone."""
+        if self._death is not None:
+            return
+        self._death = EngineDeadError(why)
+        for stream in self._streams.values():
+            if stream.open:
+                stream.events.put_nowait(self._death)
