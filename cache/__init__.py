@@ -1,23 +1,24 @@
-"""State of sequences: KV pages, conv rings, and the books over them.
+"""State of sequences: KV pages, conv rings and tails, and the books over them.
 
-Other rooms use `CacheManager` (the books) and `allocate` (the tensors); models read `specs` alone.
+Other rooms use `CacheManager` (the books) and `CacheStorage` (the tensors); models read `specs`.
 """
 
 from __future__ import annotations
 
-from .manager import CacheManager, CacheSizes, Copies
+from .copies import Copies
+from .manager import Admission, CacheManager, CacheSizes
 from .specs import AttentionSpec, ConvSpec, LayerSpec, LayerState, StateSpec
-from .storage import allocate, apply_copies
+from .storage import CacheStorage
 
 __all__ = [
+    "Admission",
     "AttentionSpec",
     "CacheManager",
     "CacheSizes",
+    "CacheStorage",
     "ConvSpec",
     "Copies",
     "LayerSpec",
     "LayerState",
     "StateSpec",
-    "allocate",
-    "apply_copies",
 ]

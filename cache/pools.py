@@ -1,11 +1,16 @@
-"""Ids of pages and slots: who is free, who is owned, by how many. Knows nothing of contents."""
+"""Ids of pages, slots and tails: who is free, who is owned, by how many. Knows no contents."""
 
 from __future__ import annotations
 
-from typing import NewType
+from collections import OrderedDict
+from typing import TYPE_CHECKING, NewType
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 PageId = NewType("PageId", int)
 SlotId = NewType("SlotId", int)
+TailId = NewType("TailId", int)
 SequenceId = NewType("SequenceId", int)
 
 RESERVED = 0
@@ -13,51 +18,81 @@ RESERVED = 0
 
 
 class PagePool:
-    """Reference-counted page ids 1 .. num_pages. Page 0 is reserved for padding."""
+    """Reference-counted page ids 1 .. num_pages. Page 0 is reserved for padding.
 
-    def __init__(self, num_pages: int) -> None:
+    A page that nobody owns is free, or kept: its contents may be wanted again, and it is taken
+    only when no page is free, the one kept longest first.
+    """
+
+    def __init__(self, num_pages: int, on_evict: Callable[[PageId], None]) -> None:
+        """`on_evict` hears of each kept page that is about to be handed out anew."""
         self.num_pages = num_pages
         # Popped from the end, so that low ids go first and a short run touches little memory.
         self._free = [PageId(p) for p in range(num_pages, RESERVED, -1)]
+        self._kept: OrderedDict[PageId, None] = OrderedDict()
         self._owners = [0] * (num_pages + 1)
+        self._on_evict = on_evict
 
     @property
-    def num_free(self) -> int:
-        """Pages nobody owns."""
-        return len(self._free)
+    def num_available(self) -> int:
+        """Pages that could be taken now."""
+        return len(self._free) + len(self._kept)
+
+    @property
+    def num_kept(self) -> int:
+        """Pages without an owner whose contents are kept."""
+        return len(self._kept)
 
     def take(self, count: int) -> list[PageId]:
-        """Hands out `count` pages with one owner each; the caller has checked `num_free`."""
-        taken = [self._free.pop() for _ in range(count)]
-        for page in taken:
+        """Hands out `count` pages with one owner each; the caller has checked `num_available`."""
+        taken: list[PageId] = []
+        for _ in range(count):
+            if self._free:
+                page = self._free.pop()
+            else:
+                page, _ = self._kept.popitem(last=False)
+                self._on_evict(page)
             self._owners[page] = 1
+            taken.append(page)
         return taken
 
     def share(self, page: PageId) -> None:
-        """Adds an owner to an owned page."""
-        assert self._owners[page] > 0, f"page {page} has no owner to share with"
+        """Adds an owner to an owned or a kept page."""
+        if self._owners[page] == 0:
+            del self._kept[page]
         self._owners[page] += 1
 
-    def drop(self, page: PageId) -> None:
-        """Removes an owner; the last one frees the page."""
+    def drop(self, page: PageId, keep: bool = False) -> None:
+        """Removes an owner. Without any, the page is kept or free."""
         assert self._owners[page] > 0, f"page {page} dropped more often than owned"
         self._owners[page] -= 1
         if self._owners[page] == 0:
-            self._free.append(page)
+            if keep:
+                self._kept[page] = None
+            else:
+                self._free.append(page)
+
+    def forget_kept(self) -> None:
+        """Frees every kept page; nobody is told."""
+        self._free += self._kept
+        self._kept.clear()
 
     def owners(self, page: PageId) -> int:
         """How many sequences own the page."""
         return self._owners[page]
 
-    def check(self, expected_owners: dict[PageId, int]) -> None:
-        """Raises AssertionError unless exactly these pages are owned, this often."""
+    def check(self, expected_owners: dict[PageId, int], indexed: set[PageId]) -> None:
+        """Raises AssertionError unless exactly these pages are owned, this often, and every kept
+        page is one of `indexed`."""
         owned = {PageId(p): n for p, n in enumerate(self._owners) if n}
         assert owned == expected_owners, f"owners {owned}, expected {expected_owners}"
-        free = set(self._free)
-        assert len(free) == len(self._free), "a page is free twice"
-        assert not free & owned.keys(), "a page is free and owned"
-        assert RESERVED not in free, "the reserved page is free"
-        assert len(free) + len(owned) == self.num_pages, "pages lost"
+        idle = [*self._free, *self._kept]
+        assert len(set(idle)) == len(idle), "a page is free twice"
+        assert not set(idle) & owned.keys(), "a page is free and owned"
+        assert RESERVED not in idle, "the reserved page is free"
+        assert len(idle) + len(owned) == self.num_pages, "pages lost"
+        assert self._kept.keys() <= indexed, "a page is kept that no prefix leads to"
+        assert not set(self._free) & indexed, "a free page is indexed"
 
 
 class SlotPool:

@@ -1,60 +1,101 @@
-"""The tensors behind page and slot ids. Contents are written by kernels and by `apply_copies`."""
+"""The tensors behind page, slot and tail ids. Contents are written by kernels and by `apply`.
+
+Layers of one shape are one tensor, so that a copy is a few operations however many layers there
+are; each layer sees its own part.
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from .specs import LayerState
 
 if TYPE_CHECKING:
-    from .manager import CacheSizes, Copies
-    from .specs import LayerSpec, StateSpec
+    from collections.abc import Hashable, Sequence
+
+    from .copies import Copies
+    from .manager import CacheSizes
+    from .specs import ConvSpec, StateSpec
 
 
-def allocate(
-    spec: StateSpec, sizes: CacheSizes, device: torch.device, poison: bool = False
-) -> tuple[LayerState, ...]:
-    """Allocates pages and rings for every layer, reserved page 0 and slot 0 included.
+class CacheStorage:
+    """Pages, rings and tails of every layer, reserved page 0 and slot 0 included.
 
-    Contents are uninitialised: nothing that was not written is ever read, so on a CPU the memory
-    is not even touched until it is used. `poison` fills them with NaN to prove it.
+    Contents start uninitialised: nothing that was not written is ever read, so on a CPU the memory
+    is not even touched until it is used.
     """
 
-    def tensor(*shape: int) -> torch.Tensor:
-        if poison:
-            return torch.full(shape, torch.nan, dtype=spec.dtype, device=device)
-        return torch.empty(shape, dtype=spec.dtype, device=device)
+    def __init__(
+        self, spec: StateSpec, sizes: CacheSizes, device: torch.device, poison: bool = False
+    ) -> None:
+        """`poison` fills everything with NaN, to prove the sentence above."""
+        self._device = device
+        self._page_groups: list[Tensor] = []  # [layers, pages, kv heads, page_size, head_dim]
+        self._conv_groups: list[tuple[Tensor, Tensor, int]] = []  # rings, tails, width
+        pages: dict[Hashable, list[int]] = {}
+        convs: dict[tuple[str, ConvSpec], list[int]] = {}
+        for i, layer in enumerate(spec.layers):
+            if layer.attention is not None:
+                pages.setdefault(layer.attention, []).append(i)
+            for name, conv in layer.convs.items():
+                convs.setdefault((name, conv), []).append(i)
 
-    def layer(of: LayerSpec) -> LayerState:
-        k = v = None
-        if of.attention is not None:
-            shape = (
-                sizes.num_pages + 1,
-                of.attention.kv_heads,
-                sizes.page_size,
-                of.attention.head_dim,
-            )
-            k, v = tensor(*shape), tensor(*shape)
-        rings = {
-            name: tensor(sizes.num_slots + 1, sizes.ring_len, conv.channels)
-            for name, conv in of.convs.items()
-        }
-        return LayerState(k, v, rings)
+        def tensor(*shape: int) -> Tensor:
+            if poison:
+                return torch.full(shape, torch.nan, dtype=spec.dtype, device=device)
+            return torch.empty(shape, dtype=spec.dtype, device=device)
 
-    return tuple(layer(of) for of in spec.layers)
+        kv: dict[int, tuple[Tensor, Tensor]] = {}
+        rings: dict[int, dict[str, Tensor]] = {}
+        for layers in pages.values():
+            attention = spec.layers[layers[0]].attention
+            assert attention is not None
+            shape = (sizes.num_pages + 1, attention.kv_heads, sizes.page_size, attention.head_dim)
+            k, v = tensor(len(layers), *shape), tensor(len(layers), *shape)
+            self._page_groups += (k, v)
+            kv |= {layer: (k[j], v[j]) for j, layer in enumerate(layers)}
+        for (name, conv), layers in convs.items():
+            count, width = len(layers), conv.width
+            ring = tensor(count, sizes.num_slots + 1, sizes.ring_len, conv.channels)
+            tails = tensor(count, sizes.num_tails, width - 1, conv.channels)
+            self._conv_groups.append((ring, tails, width))
+            for j, layer in enumerate(layers):
+                rings.setdefault(layer, {})[name] = ring[j]
+        self.layers: tuple[LayerState, ...] = tuple(
+            LayerState(*kv.get(i, (None, None)), rings.get(i, {})) for i in range(len(spec.layers))
+        )
+        """What each layer is handed with a batch."""
 
+    def apply(self, copies: Copies) -> None:
+        """Makes a step's copies, before the step.
 
-def apply_copies(state: tuple[LayerState, ...], copies: Copies) -> None:
-    """Copies page and slot contents, every layer."""
-    for layer in state:
+        In this order: partial pages; windows saved from rings, which may belong to sequences that
+        have ended; whole rings; windows loaded into rings, which may have been saved just now.
+        Within each, every source is read before any target is written.
+        """
         if copies.pages:
-            source, target = (list(side) for side in zip(*copies.pages, strict=True))
-            for pages in (layer.k_pages, layer.v_pages):
-                if pages is not None:
-                    pages[target] = pages[source]
-        if copies.slots:
-            source, target = (list(side) for side in zip(*copies.slots, strict=True))
-            for ring in layer.rings.values():
-                ring[target] = ring[source]
+            source, target = self._columns(copies.pages)
+            for pages in self._page_groups:
+                pages[:, target] = pages[:, source]
+        for ring, tails, width in self._conv_groups:
+            if copies.saves:
+                slot, position, tail = self._columns(copies.saves)
+                tails[:, tail] = ring[:, slot[:, None], _rows(position, width, ring.shape[2])]
+            if copies.slots:
+                source, target = self._columns(copies.slots)
+                ring[:, target] = ring[:, source]
+            if copies.loads:
+                tail, slot, position = self._columns(copies.loads)
+                ring[:, slot[:, None], _rows(position, width, ring.shape[2])] = tails[:, tail]
+
+    def _columns(self, moves: Sequence[tuple[int, ...]]) -> list[Tensor]:
+        return list(torch.tensor(moves, device=self._device).unbind(1))
+
+
+def _rows(position: Tensor, width: int, ring_len: int) -> Tensor:
+    """Ring rows of the inputs at position - width + 1 .. position - 1. -> [n, width - 1]."""
+    back = torch.arange(1 - width, 0, device=position.device)
+    return (position[:, None] + back).remainder(ring_len)

@@ -57,7 +57,10 @@ class BatchBuilder:
         row_seq = np.repeat(np.arange(count, dtype=np.int32), rows)
         positions = np.arange(offsets[-1], dtype=np.int64) - (offsets[:-1] - starts)[row_seq]
         page = pages[row_seq, positions // sizes.page_size].astype(np.int64)
+        shared = np.fromiter((self._cache.shared(w.seq.id) for w in works), np.int64, count)
         kv_rows = page * sizes.page_size + positions % sizes.page_size
+        # A replay reads what others share and writes none of it.
+        kv_rows[positions < shared[row_seq]] = PADDING
         ring_rows = slots[row_seq].astype(np.int64) * sizes.ring_len + positions % sizes.ring_len
         ring_rows[positions < (ends - sizes.ring_len)[row_seq]] = PADDING
 

@@ -27,6 +27,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Budget of the page pool: bytes (`2GiB`), a share of free memory (`50%`), or auto."""
     page_size: int = 16
     """Tokens per KV page; a power of two, 1..256."""
+    prefix_caching: bool = True
+    """Share the state of prompts that begin alike."""
+    conv_tail_memory: str = "auto"
+    """Budget of conv windows stored at page boundaries, out of `memory`: bytes or a share of it;
+    auto is 1%. Without a stored one, a window is rebuilt by running a few tokens again."""
     threads: int = 0
     """CPU threads of the engine; 0 for all cores."""
     backend: Literal["auto", "reference"] = "auto"

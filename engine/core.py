@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from ..cache import CacheManager, allocate, apply_copies
+from ..cache import CacheManager, CacheStorage
 from .batch_builder import BatchBuilder
 from .messages import EngineStats
 from .sampler import Sampler
@@ -46,14 +46,20 @@ class EngineCore:
         limits: Limits,
         eos_token_ids: tuple[int, ...],
         device: torch.device,
+        prefix_caching: bool = True,
         poison: bool = False,
     ) -> None:
         """Allocates the cache. `poison` fills it with NaN (tests)."""
         self.limits = limits
         self._model = model
-        self._cache = CacheManager(limits.sizes)
-        self._state = allocate(model.state_spec, limits.sizes, device, poison)
-        self._builder = BatchBuilder(self._cache, self._state, limits.max_model_len, device)
+        self._cache = CacheManager(
+            limits.sizes,
+            replay_length=model.state_spec.replay_length,
+            prefix_caching=prefix_caching,
+        )
+        self._storage = CacheStorage(model.state_spec, limits.sizes, device, poison)
+        layers = self._storage.layers
+        self._builder = BatchBuilder(self._cache, layers, limits.max_model_len, device)
         self._scheduler = Scheduler(
             self._cache, limits.max_batch_tokens, limits.max_model_len, eos_token_ids
         )
@@ -79,6 +85,10 @@ class EngineCore:
         """Ends every request; returns their ids."""
         return self._scheduler.abort_all()
 
+    def reset_prefixes(self) -> None:
+        """Forgets every cached prefix that no running sequence owns."""
+        self._cache.reset_prefixes()
+
     @torch.inference_mode()
     def step(self) -> list[TokenEvent]:
         """Advances every sequence that can advance; returns what there is to report."""
@@ -87,7 +97,8 @@ class EngineCore:
         if not plan.works:
             return []
         planned = time.perf_counter()
-        apply_copies(self._state, plan.copies)
+        if plan.copies:
+            self._storage.apply(plan.copies)
         batch = self._builder.build(plan)
         logits = self._model.forward(batch)
         sampled = self._sampler.sample(logits, plan)
@@ -104,13 +115,21 @@ class EngineCore:
     def stats(self) -> EngineStats:
         """Gauges and counters, now."""
         sizes, cache, scheduler = self.limits.sizes, self._cache, self._scheduler
+        tails = cache.tails
         return EngineStats(
             running=scheduler.num_running,
             waiting=scheduler.num_waiting,
             pages_total=sizes.num_pages,
             pages_used=sizes.num_pages - cache.free_pages,
+            pages_kept=cache.kept_pages,
             slots_total=sizes.num_slots,
             slots_used=sizes.num_slots - cache.free_slots,
+            tails_total=tails.num_tails,
+            tails_stored=tails.num_stored,
+            tails_evicted=tails.num_evicted,
+            prefix_queries=scheduler.num_queried_tokens,
+            prefix_hits=scheduler.num_hit_tokens,
+            replayed_tokens=scheduler.num_replayed_tokens,
             preemptions=scheduler.num_preemptions,
             prompt_tokens=scheduler.num_prompt_tokens,
             generation_tokens=scheduler.num_generated_tokens,

@@ -17,6 +17,7 @@ from .resolve import (
     parse_memory,
     resolve_device,
     resolve_dtype,
+    resolve_tails,
 )
 from .start import describe_conv
 
@@ -51,6 +52,7 @@ def inspect_model(folder: str | Path, config: EngineConfig | None = None) -> str
         ("conv state per sequence", f"{spec.conv_bytes_per_sequence(ring_len):,} bytes"),
         ("conv tail at a prefix", f"{spec.conv_tail_bytes:,} bytes"),
         ("replay length", f"{spec.replay_length} tokens"),
+        ("tails that fit", f"{resolve_tails(config, spec, pool):,}"),
         ("page pool", f"{mib(pool)} of {mib(free)} free on {device.type}"),
         ("sequences that fit", _fits(model, spec, pool, ring_len)),
     ]

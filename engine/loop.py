@@ -15,6 +15,7 @@ from .messages import (
     EngineReply,
     GenerateRequest,
     Heartbeat,
+    ResetPrefixCache,
     Shutdown,
     StepReport,
     TokenEvent,
@@ -47,6 +48,8 @@ def run_loop(
                         events += _refusals(command, problem)
                 case AbortRequest():
                     core.abort(command.request_id, command.index)
+                case ResetPrefixCache():
+                    core.reset_prefixes()
                 case Shutdown():
                     return
         if core.has_work:
@@ -59,7 +62,7 @@ def run_loop(
 
 
 def refuse(request: GenerateRequest, info: EngineInfo) -> str | None:
-    """Why the engine cannot run a request, or None. The server checks too; this is the last door."""
+    """Why the engine cannot run a request, or None. The server checks too; this is the last."""
     length = len(request.prompt)
     if not 0 < length < info.max_model_len:
         return f"prompt: {length} tokens, must be in 1..{info.max_model_len - 1}"

@@ -66,6 +66,8 @@ class GenerateRequest(msgspec.Struct, frozen=True, tag="generate", kw_only=True)
     params: SamplingParams
     priority: int = 0
     """Lower runs sooner."""
+    cache_salt: str = ""
+    """Prefixes are shared only with requests of the same salt."""
 
 
 class AbortRequest(msgspec.Struct, frozen=True, tag="abort"):
@@ -82,7 +84,11 @@ class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
     """Leave the loop at once; in-flight requests end with `abort`."""
 
 
-EngineCommand = GenerateRequest | AbortRequest | Shutdown
+class ResetPrefixCache(msgspec.Struct, frozen=True, tag="reset_prefix_cache"):
+    """Forget every cached prefix that no running request owns."""
+
+
+EngineCommand = GenerateRequest | AbortRequest | ResetPrefixCache | Shutdown
 
 
 class Logprobs(msgspec.Struct, frozen=True, array_like=True):
@@ -127,8 +133,21 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     waiting: int = 0
     pages_total: int = 0
     pages_used: int = 0
+    """Owned by running sequences."""
+    pages_kept: int = 0
+    """Pages that nobody owns and whose contents wait to be shared."""
     slots_total: int = 0
     slots_used: int = 0
+    tails_total: int = 0
+    tails_stored: int = 0
+    """Conv windows stored at page boundaries."""
+    tails_evicted: int = 0
+    prefix_queries: int = 0
+    """Prompt tokens looked up in the prefix cache."""
+    prefix_hits: int = 0
+    """Prompt tokens found there."""
+    replayed_tokens: int = 0
+    """Tokens run again to rebuild their conv windows."""
     preemptions: int = 0
     prompt_tokens: int = 0
     generation_tokens: int = 0

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 AUTO_SHARE = {"cpu": 0.25, "cuda": 0.9}
 """Share of the free memory that `memory=auto` may take."""
 
+TAIL_SHARE = 0.01
+"""Share of the memory budget that `conv_tail_memory=auto` may take."""
+
 CPU_BATCH_TOKENS = 256
 CUDA_BATCH_TOKENS = 2048
 
@@ -71,8 +74,8 @@ def has_fast_bfloat16() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def parse_memory(text: str, free: int, share: float) -> int:
-    """Bytes meant by a `memory` option: auto, a percentage of what is free, or a size.
+def parse_memory(text: str, free: int, share: float, option: str = "memory") -> int:
+    """Bytes meant by a memory option: auto, a percentage of what is free, or a size.
 
     Raises:
         ConfigError: none of these.
@@ -81,11 +84,11 @@ def parse_memory(text: str, free: int, share: float) -> int:
         return int(free * share)
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(%|[kmgt]i?b?|b)?", text.strip().lower())
     if match is None:
-        raise ConfigError(f"memory: {text!r} is not auto, a percentage or a size (such as 2GiB)")
+        raise ConfigError(f"{option}: {text!r} is not auto, a percentage or a size (such as 2GiB)")
     number, unit = float(match[1]), match[2] or "b"
     if unit == "%":
         if not 0 < number <= 100:
-            raise ConfigError(f"memory: {text!r} must be above 0% and at most 100%")
+            raise ConfigError(f"{option}: {text!r} must be above 0% and at most 100%")
         return int(free * number / 100)
     power = "bkmgt".index(unit[0])
     base = 1000 if len(unit) == 2 and unit[1] == "b" else 1024
@@ -117,8 +120,9 @@ def resolve_limits(
     ring_len = spec.ring_len()
     rings = spec.conv_bytes_per_sequence(ring_len) * (config.max_num_seqs + 1)
     page_bytes = spec.kv_bytes_per_token * page_size
+    tails = resolve_tails(config, spec, budget)
     # The reserved page comes out of the budget too.
-    pages = (budget - rings) // page_bytes - 1
+    pages = (budget - rings - tails * spec.conv_tail_bytes) // page_bytes - 1
     least = -(-(config.max_model_len or min(max_positions, 256)) // page_size)
     if pages < least:
         short = (least + 1) * page_bytes + rings - budget
@@ -129,14 +133,29 @@ def resolve_limits(
         )
     if config.memory == "auto":
         pages = min(pages, config.max_num_seqs * -(-wanted_len // page_size))
-    sizes = CacheSizes(pages, page_size, config.max_num_seqs, ring_len)
+    sizes = CacheSizes(pages, page_size, config.max_num_seqs, ring_len, tails)
     default_rows = CPU_BATCH_TOKENS if device.type == "cpu" else CUDA_BATCH_TOKENS
     return Limits(
         sizes=sizes,
         max_model_len=min(wanted_len, sizes.capacity),
         max_batch_tokens=config.max_batch_tokens or max(default_rows, config.max_num_seqs),
-        pool_bytes=(pages + 1) * page_bytes + rings,
+        pool_bytes=(pages + 1) * page_bytes + rings + tails * spec.conv_tail_bytes,
     )
+
+
+def resolve_tails(config: EngineConfig, spec: StateSpec, budget: int) -> int:
+    """How many conv tails to make room for.
+
+    Raises:
+        ConfigError: `conv_tail_memory` is not a size, or takes the whole budget.
+    """
+    if not config.prefix_caching or not spec.conv_tail_bytes:
+        return 0
+    text = config.conv_tail_memory
+    room = parse_memory(text, budget, TAIL_SHARE, "conv_tail_memory")
+    if room >= budget:
+        raise ConfigError(f"conv_tail_memory: {text!r} leaves nothing of {mib(budget)} for pages")
+    return room // spec.conv_tail_bytes
 
 
 def mib(count: int) -> str:

@@ -14,7 +14,6 @@ import random
 import time
 from typing import TYPE_CHECKING
 
-from ..cache import Copies
 from ..cache.pools import SequenceId
 from .messages import TokenEvent
 from .plan import Sampled, StepPlan, Work
@@ -51,11 +50,16 @@ class Scheduler:
         self._waiting: list[Sequence] = []  # ascending rank
         self._running: list[Sequence] = []
         self._live: dict[str, list[Sequence]] = {}
-        self._copies: list[Copies] = []
         self._ids = itertools.count(1)
         self.num_preemptions = 0
         self.num_prompt_tokens = 0
         self.num_generated_tokens = 0
+        self.num_queried_tokens = 0
+        """Prompt tokens looked up in the prefix cache."""
+        self.num_hit_tokens = 0
+        """Prompt tokens found there."""
+        self.num_replayed_tokens = 0
+        """Tokens found there whose conv windows were rebuilt by running them again."""
 
     @property
     def num_waiting(self) -> int:
@@ -119,15 +123,13 @@ class Scheduler:
                 budget -= work.rows
         while self._waiting and budget and self.num_preemptions == preemptions_before:
             seq = self._waiting[0]
-            reserve = int(self._cache.sizes.num_pages * WATERMARK) if self._running else 0
-            if not self._cache.admit(seq.id, len(seq.tokens), reserve):
+            if not self._admit(seq):
                 break
             self._start(self._waiting.pop(0))
             work = self._work(seq, budget)
             works.append(work)
             budget -= work.rows
-        copies = self._take_copies()
-        return StepPlan(tuple(works), copies)
+        return StepPlan(tuple(works), self._cache.take_copies())
 
     def commit(self, plan: StepPlan, sampled: list[Sampled]) -> list[TokenEvent]:
         """Takes a step's results in: advances, appends, forks, finishes. Returns what to report."""
@@ -137,6 +139,7 @@ class Scheduler:
             if seq.status is not Status.RUNNING:
                 continue
             seq.num_computed = work.stop
+            self._cache.commit(seq.id, seq.tokens, seq.num_computed)
             if seq.prompt_logprobs is not None:
                 seq.prompt_logprobs += result.scored
             if seq.forks and seq.num_computed >= seq.prompt_len:
@@ -164,6 +167,7 @@ class Scheduler:
             max_len=max_len,
             seed=seed,
             priority=request.priority,
+            salt=request.cache_salt,
             arrival=number,
             arrived_at=time.monotonic(),
         )
@@ -171,6 +175,26 @@ class Scheduler:
     def _enqueue(self, seq: Sequence) -> None:
         seq.status = Status.WAITING
         bisect.insort(self._waiting, seq, key=lambda s: s.rank)
+
+    def _admit(self, seq: Sequence) -> bool:
+        """Gives a waiting sequence state, from its cached prefix on, if there is room."""
+        reserve = int(self._cache.sizes.num_pages * WATERMARK) if self._running else 0
+        admission = self._cache.admit(
+            seq.id,
+            seq.tokens,
+            salt=seq.salt,
+            reserve=reserve,
+            share=not seq.num_to_score,  # rows that are not computed cannot be scored
+        )
+        if admission is None:
+            return False
+        seq.num_computed = admission.start
+        self.num_replayed_tokens += admission.num_replayed
+        if seq.first_scheduled_at is None:  # what a preemption takes is no query
+            seq.num_cached = min(admission.num_cached, seq.prompt_len)
+            self.num_queried_tokens += seq.prompt_len
+            self.num_hit_tokens += seq.num_cached
+        return True
 
     def _start(self, seq: Sequence) -> None:
         seq.status = Status.RUNNING
@@ -180,6 +204,11 @@ class Scheduler:
 
     def _work(self, seq: Sequence, budget: int) -> Work:
         rows = min(seq.num_pending, budget)
+        if rows < seq.num_pending:
+            rows = self._aligned(seq.num_computed, rows)
+        cut = self._cache.cut(seq.id)
+        if cut is not None and seq.num_computed < cut:
+            rows = min(rows, cut - seq.num_computed)
         to_score = seq.num_to_score
         if to_score:
             rows = min(rows, MAX_SCORED_ROWS)
@@ -193,6 +222,11 @@ class Scheduler:
             score_from=skip,
             score_rows=max(0, min(rows - skip, to_score)),
         )
+
+    def _aligned(self, start: int, rows: int) -> int:
+        """Fewer rows, so that a chunk ends where a page does and its conv windows can be stored."""
+        stop = start + rows
+        return rows - min(stop % self._cache.sizes.page_size, rows - 1)
 
     def _make_room(self, seq: Sequence, num_tokens: int, planned: set[SequenceId]) -> bool:
         """Extends the sequence's pages, preempting the last in rank until it fits."""
@@ -220,20 +254,12 @@ class Scheduler:
         """
         forks, leader.forks = leader.forks, []
         for seq in forks:
-            copies = self._cache.fork(leader.id, seq.id, leader.prompt_len - 1)
-            if copies is None:
+            if self._cache.fork(leader.id, seq.id, leader.prompt_len - 1):
+                seq.num_computed = leader.prompt_len - 1
+                seq.num_cached = leader.num_cached
+                self._start(seq)
+            else:
                 self._enqueue(seq)
-                continue
-            seq.num_computed = leader.prompt_len - 1
-            self._copies.append(copies)
-            self._start(seq)
-
-    def _take_copies(self) -> Copies:
-        taken, self._copies = self._copies, []
-        return Copies(
-            pages=tuple(pair for c in taken for pair in c.pages),
-            slots=tuple(pair for c in taken for pair in c.slots),
-        )
 
     def _append(self, seq: Sequence, result: Sampled) -> TokenEvent:
         token = result.token_id
@@ -275,6 +301,7 @@ class Scheduler:
             finish,
             stop_token,
             prompt_logprobs=None if seq.prompt_logprobs is None else tuple(seq.prompt_logprobs),
+            num_cached_tokens=seq.num_cached,
             queue_seconds=started - seq.arrived_at,
             prefill_seconds=now - started,
         )

@@ -39,6 +39,8 @@ class Sequence:
     seed: int
     """Of this choice's random numbers; one 64-bit number whether or not the user gave a seed."""
     priority: int
+    salt: str
+    """Prefixes are shared only with sequences of the same salt."""
     arrival: int
     """Order of arrival in the engine."""
     arrived_at: float
@@ -46,6 +48,8 @@ class Sequence:
 
     num_computed: int = 0
     """Tokens whose state is in the cache; 0 again after a preemption."""
+    num_cached: int = 0
+    """Prompt tokens whose state came from the prefix cache."""
     status: Status = Status.WAITING
     forks: list[Sequence] = field(default_factory=list)
     """Other choices of the request, waiting to share this one's prompt."""

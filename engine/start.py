@@ -36,7 +36,13 @@ def start_engine(config: EngineConfig) -> tuple[EngineCore, EngineInfo]:
     device = resolve_device(config)
     model = _load(config, folder, device)
     limits = resolve_limits(config, model.state_spec, model.config.max_positions, device)
-    core = EngineCore(model, limits, model.config.eos_token_ids, device)
+    core = EngineCore(
+        model,
+        limits,
+        model.config.eos_token_ids,
+        device,
+        prefix_caching=config.prefix_caching,
+    )
     gc.collect()
     # Nothing loaded so far ever becomes garbage; keep the collector from walking it.
     gc.freeze()

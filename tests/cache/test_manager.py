@@ -1,7 +1,10 @@
-"""The books over pages and slots never lie: a page with two owners that both write, or one that is
-never given back, is one user's text in another's answer, or a server that slowly stops."""
+"""The books over pages, slots and tails never lie: a page with two owners that both write, a
+prefix that is not what its key says, or a window from another position is one user's text in
+another's answer; what is never given back is a server that slowly stops."""
 
 from __future__ import annotations
+
+import math
 
 import pytest
 import torch
@@ -9,132 +12,274 @@ from convserve.cache import (
     AttentionSpec,
     CacheManager,
     CacheSizes,
+    CacheStorage,
     ConvSpec,
     Copies,
     LayerSpec,
     StateSpec,
-    allocate,
-    apply_copies,
 )
-from convserve.cache.pools import PageId, PagePool, SequenceId, SlotId, SlotPool
+from convserve.cache.pools import PageId, PagePool, SequenceId, SlotId, SlotPool, TailId
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-SIZES = CacheSizes(num_pages=12, page_size=4, num_slots=5, ring_len=4)
+SIZES = CacheSizes(num_pages=12, page_size=4, num_slots=5, ring_len=4, num_tails=3)
+WIDTH = 4
+REPLAY = 6
+SPEC = StateSpec(
+    (LayerSpec(AttentionSpec(1, 1), {"qkv": ConvSpec(1, WIDTH)}),), torch.float64, REPLAY
+)
+CPU = torch.device("cpu")
 
 
 class CacheBooks(RuleBasedStateMachine):
-    """Random admissions, extensions, forks and releases against a model of token positions.
+    """Random admissions, steps, forks, releases and resets over real storage.
 
-    Every position of every sequence is written with a value of its own; forks copy as they are
-    told. A sequence must always read back exactly what it, or its parent before the fork, wrote.
+    The value stored for a position is a number that stands for all tokens up to it, so that any
+    state that does not belong to exactly those tokens is told apart. Prompts are few and alike, so
+    that prefixes are shared all the time.
     """
+
+    replay_length: int | None = REPLAY
+    num_tails = SIZES.num_tails
 
     def __init__(self) -> None:
         super().__init__()
-        self.cache = CacheManager(SIZES)
-        self.memory: dict[tuple[PageId, int], int] = {}
-        self.rings: dict[SlotId, int] = {}
-        self.written: dict[SequenceId, list[int]] = {}
+        sizes = CacheSizes(12, 4, 5, 4, self.num_tails)
+        self.cache = CacheManager(sizes, replay_length=self.replay_length)
+        self.storage = CacheStorage(SPEC, sizes, CPU, poison=True)
+        self.tokens: dict[SequenceId, list[int]] = {}
+        self.computed: dict[SequenceId, int] = {}
+        self.exact_from: dict[SequenceId, int] = {}
+        self.codes: dict[tuple[str, tuple[int, ...]], float] = {}
+        self.salts: dict[SequenceId, str] = {}
         self.ids = 0
-        self.values = 0
 
-    def write(self, seq: SequenceId, upto: int) -> None:
-        tokens = self.written[seq]
-        self.cache.check_writable(seq, len(tokens), upto)
-        while len(tokens) < upto:
-            self.values += 1
-            page = self.cache.pages(seq)[len(tokens) // SIZES.page_size]
-            self.memory[page, len(tokens) % SIZES.page_size] = self.values
-            tokens.append(self.values)
-        self.rings[self.cache.slot(seq)] = tokens[-1] if tokens else 0
+    def code(self, seq: SequenceId, position: int) -> float:
+        prefix = (self.salts[seq], tuple(self.tokens[seq][: position + 1]))
+        return self.codes.setdefault(prefix, float(len(self.codes)))
 
-    @rule(length=st.integers(1, 30), reserve=st.integers(0, 3))
-    def admit(self, length: int, reserve: int) -> None:
+    def check_window(self, seq: SequenceId, position: int) -> None:
+        ring = self.storage.layers[0].rings["qkv"][self.cache.slot(seq)]
+        for p in range(max(0, position - WIDTH + 1), position):
+            assert float(ring[p % SIZES.ring_len]) == self.code(seq, p)
+
+    def step(self, seq: SequenceId, stop: int) -> None:
+        """Computes the sequence up to `stop`, as a forward pass and its commit would."""
+        self.storage.apply(self.cache.take_copies())
+        start = self.computed[seq]
+        shared, exact_from = self.cache.shared(seq), self.exact_from[seq]
+        if start >= exact_from:
+            self.check_window(seq, start)
+        self.cache.check_writable(seq, max(start, shared), stop)
+        layer = self.storage.layers[0]
+        assert layer.k_pages is not None
+        for p in range(start, stop):
+            if p >= shared:
+                page = self.cache.pages(seq)[p // SIZES.page_size]
+                layer.k_pages[page, 0, p % SIZES.page_size, 0] = self.code(seq, p)
+            value = self.code(seq, p) if p >= exact_from - WIDTH + 1 else math.nan
+            layer.rings["qkv"][self.cache.slot(seq), p % SIZES.ring_len, 0] = value
+        self.computed[seq] = stop
+        self.cache.commit(seq, self.tokens[seq], stop)
+
+    @rule(
+        prompt=st.lists(st.sampled_from([0, 0, 0, 1]), min_size=1, max_size=30),
+        reserve=st.integers(0, 3),
+        salt=st.sampled_from(["", "", "other"]),
+        chunk=st.integers(1, 30),
+    )
+    def admit(self, prompt: list[int], reserve: int, salt: str, chunk: int) -> None:
         self.ids += 1
         seq, free = SequenceId(self.ids), self.cache.free_pages
-        needed = -(-length // SIZES.page_size)
-        fits = needed + reserve <= free and self.cache.free_slots > 0
-        assert self.cache.admit(seq, length, reserve) == fits
-        if fits:
-            self.written[seq] = []
-            self.write(seq, length)
-        else:
+        admission = self.cache.admit(seq, prompt, salt=salt, reserve=reserve)
+        if admission is None:
+            needed = -(-len(prompt) // SIZES.page_size)
+            assert needed + reserve > free or not self.cache.free_slots or free < 12
             assert self.cache.free_pages == free
-
-    @precondition(lambda self: self.written)
-    @rule(data=st.data(), more=st.integers(1, 9))
-    def extend(self, data: st.DataObject, more: int) -> None:
-        seq = data.draw(st.sampled_from(sorted(self.written)))
-        length = len(self.written[seq]) + more
-        free = self.cache.free_pages
-        if self.cache.extend(seq, length):
-            self.write(seq, length)
+            return
+        assert admission.start <= admission.shared < len(prompt)
+        assert admission.shared % SIZES.page_size == 0
+        self.tokens[seq], self.salts[seq] = prompt, salt
+        self.computed[seq] = admission.start
+        self.storage.apply(self.cache.take_copies())
+        if admission.start == 0:
+            self.exact_from[seq] = 0
+        elif self.replay_length is None or admission.shared - admission.start < REPLAY:
+            self.exact_from[seq] = admission.start
+            self.check_window(seq, admission.start)
         else:
-            assert self.cache.free_pages == free
+            # Either a tail was loaded just there, or the rows in between make windows exact.
+            self.exact_from[seq] = admission.shared
+        self.step(seq, min(len(prompt), admission.start + chunk))
 
-    @precondition(lambda self: self.written)
+    @precondition(lambda self: self.tokens)
+    @rule(data=st.data(), rows=st.integers(1, 9))
+    def advance(self, data: st.DataObject, rows: int) -> None:
+        """The rest of the prompt in chunks, then generated tokens."""
+        seq = data.draw(st.sampled_from(sorted(self.tokens)))
+        tokens = self.tokens[seq]
+        if self.computed[seq] == len(tokens):
+            rows = 1
+            if not self.cache.extend(seq, len(tokens) + 1):
+                return
+            tokens.append(data.draw(st.sampled_from([0, 1])))
+        self.step(seq, min(len(tokens), self.computed[seq] + rows))
+
+    @precondition(lambda self: any(self.computed[s] == len(t) for s, t in self.tokens.items()))
     @rule(data=st.data())
     def fork(self, data: st.DataObject) -> None:
-        parent = data.draw(st.sampled_from(sorted(self.written)))
-        position = len(self.written[parent]) - 1
+        ready = [s for s, t in self.tokens.items() if self.computed[s] == len(t)]
+        parent = data.draw(st.sampled_from(sorted(ready)))
         self.ids += 1
         child = SequenceId(self.ids)
-        copies = self.cache.fork(parent, child, position)
-        if copies is None:
-            return
-        for source, target in copies.pages:
-            for offset in range(SIZES.page_size):
-                if (source, offset) in self.memory:
-                    self.memory[target, offset] = self.memory[source, offset]
-        for source, target in copies.slots:
-            self.rings[target] = self.rings[source]
-        self.written[child] = self.written[parent][:position]
-        if self.cache.extend(child, position + 1):
-            self.write(child, position + 1)
+        position = len(self.tokens[parent]) - 1
+        if self.cache.fork(parent, child, position):
+            self.tokens[child] = list(self.tokens[parent])
+            self.salts[child] = self.salts[parent]
+            self.computed[child] = position
+            self.exact_from[child] = 0
+            if self.cache.extend(child, position + 1):
+                self.step(child, position + 1)
+            else:
+                self.release_one(child)
 
-    @precondition(lambda self: self.written)
+    @precondition(lambda self: self.tokens)
     @rule(data=st.data())
     def release(self, data: st.DataObject) -> None:
-        seq = data.draw(st.sampled_from(sorted(self.written)))
+        self.release_one(data.draw(st.sampled_from(sorted(self.tokens))))
+
+    @rule()
+    def reset(self) -> None:
+        self.cache.reset_prefixes()
+        assert self.cache.kept_pages == 0
+
+    def release_one(self, seq: SequenceId) -> None:
         self.cache.release(seq)
         self.cache.release(seq)  # ending twice is no news
-        del self.written[seq]
+        del self.tokens[seq], self.computed[seq]
 
     @invariant()
     def books_add_up(self) -> None:
         self.cache.check_integrity()
 
     @invariant()
-    def everybody_reads_their_own_tokens(self) -> None:
-        for seq, tokens in self.written.items():
+    def everybody_reads_the_state_of_their_own_tokens(self) -> None:
+        k = self.storage.layers[0].k_pages
+        assert k is not None
+        for seq in self.tokens:
             pages = self.cache.pages(seq)
-            read = [
-                self.memory[pages[p // SIZES.page_size], p % SIZES.page_size]
-                for p in range(len(tokens))
-            ]
-            assert read == tokens
+            for p in range(max(self.computed[seq], self.cache.shared(seq))):
+                stored = float(k[pages[p // SIZES.page_size], 0, p % SIZES.page_size, 0])
+                assert stored == self.code(seq, p)
 
     def teardown(self) -> None:
-        for seq in list(self.written):
-            self.cache.release(seq)
+        for seq in list(self.tokens):
+            self.release_one(seq)
         assert self.cache.free_pages == SIZES.num_pages
         assert self.cache.free_slots == SIZES.num_slots
 
 
+class CacheBooksWithoutTails(CacheBooks):
+    num_tails = 0
+
+
+class CacheBooksOfRecurrentModels(CacheBooks):
+    """No replay can rebuild the state: a prefix is usable up to a stored tail and no further."""
+
+    replay_length = None
+
+
+SETTINGS = settings(max_examples=60, stateful_step_count=40, deadline=None)
 TestCacheBooks = CacheBooks.TestCase
-TestCacheBooks.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestCacheBooks.settings = SETTINGS
+TestCacheBooksWithoutTails = CacheBooksWithoutTails.TestCase
+TestCacheBooksWithoutTails.settings = SETTINGS
+TestCacheBooksOfRecurrentModels = CacheBooksOfRecurrentModels.TestCase
+TestCacheBooksOfRecurrentModels.settings = SETTINGS
+
+
+def run(cache: CacheManager, number: int, tokens: list[int], salt: str = "") -> tuple[int, int]:
+    """Computes and releases a prompt; (start, shared) of its admission."""
+    seq = SequenceId(number)
+    admission = cache.admit(seq, tokens, salt=salt)
+    assert admission is not None
+    cache.commit(seq, tokens, len(tokens))
+    cache.release(seq)
+    return admission.start, admission.shared
+
+
+def test_a_prefix_is_shared_up_to_its_last_full_page_and_replayed() -> None:
+    cache = CacheManager(SIZES, replay_length=REPLAY)
+    tokens = list(range(22))
+    assert run(cache, 1, tokens) == (0, 0)
+    assert run(cache, 2, [*tokens[:17], 99, 98]) == (16 - REPLAY, 16)
+    assert run(cache, 3, tokens[:8]) == (0, 4)  # shorter than a replay: from the beginning
+    assert run(cache, 4, [7, *tokens]) == (0, 0)
+
+
+def test_the_last_token_is_always_computed() -> None:
+    cache = CacheManager(SIZES, replay_length=0)
+    tokens = list(range(8))
+    run(cache, 1, tokens)
+    assert run(cache, 2, tokens) == (4, 4)
+
+
+def test_salts_separate_tenants() -> None:
+    cache = CacheManager(SIZES, replay_length=0)
+    run(cache, 1, list(range(9)), salt="a")
+    assert run(cache, 2, list(range(9)), salt="b") == (0, 0)
+    assert run(cache, 3, list(range(9)), salt="a") == (8, 8)
+
+
+def test_what_follows_is_evicted_before_the_prefix_it_follows() -> None:
+    cache = CacheManager(CacheSizes(4, 4, 2, 4), replay_length=0)
+    run(cache, 1, list(range(16)))
+    run(cache, 2, [50] * 8)  # takes two of the four kept pages
+    assert run(cache, 3, [*range(8), 60]) == (8, 8)
+
+
+def test_a_stored_tail_is_used_and_the_nearest_one_wins() -> None:
+    cache = CacheManager(SIZES, replay_length=REPLAY)
+    seq, tokens = SequenceId(1), list(range(23))
+    cache.admit(seq, tokens)
+    for stop in (4, 12, 23):
+        cache.commit(seq, tokens, stop)
+    saves = cache.take_copies().saves
+    assert [position for _, position, _ in saves] == [12]  # its last one replaced the one before
+    assert cache.tails.num_stored == 1
+    cache.release(seq)
+    assert run(cache, 2, tokens[:13]) == (12, 12)
+    assert [position for _, _, position in cache.take_copies().loads] == [12]
+    assert run(cache, 3, tokens[:17]) == (12, 16)  # nearer than a replay from 10
+    assert run(cache, 4, tokens[:21]) == (14, 20)  # a replay is nearer
+
+
+def test_where_others_branched_off_a_tail_is_worth_a_step() -> None:
+    cache = CacheManager(SIZES, replay_length=REPLAY)
+    run(cache, 1, list(range(21)))
+    seq, tokens = SequenceId(2), [*range(12), 70, 71, 72, 73, 74]
+    admission = cache.admit(seq, tokens)
+    assert admission is not None
+    assert (admission.start, admission.shared, cache.cut(seq)) == (6, 12, 12)
+    cache.commit(seq, tokens, 8)  # inside the replay: not exact, not stored
+    assert cache.take_copies().saves == []
+    cache.commit(seq, tokens, 12)
+    assert [position for _, position, _ in cache.take_copies().saves] == [12]
+    assert cache.cut(seq) is None
+    cache.commit(seq, tokens, 16)
+    cache.release(seq)
+    assert run(cache, 3, [*range(12), 80]) == (12, 12)
 
 
 def test_reserved_ids_are_never_handed_out() -> None:
-    pages, slots = PagePool(3), SlotPool(3)
+    pages, slots = PagePool(3, lambda _: None), SlotPool(3)
     assert sorted(pages.take(3)) == [1, 2, 3]
     assert sorted(slots.take() for _ in range(3)) == [1, 2, 3]
 
 
 def test_a_page_dropped_too_often_is_caught() -> None:
-    pool = PagePool(2)
+    pool = PagePool(2, lambda _: None)
     (page,) = pool.take(1)
     pool.drop(page)
     with pytest.raises(AssertionError, match="dropped more often than owned"):
@@ -152,37 +297,46 @@ def test_a_slot_freed_twice_is_caught() -> None:
 def test_a_sequence_admitted_again_has_a_new_number() -> None:
     """A page table cached under the old number would point at other sequences' pages."""
     cache = CacheManager(SIZES)
-    cache.admit(SequenceId(1), 4)
+    cache.admit(SequenceId(1), [0] * 4)
     first = cache.admission(SequenceId(1))
     cache.release(SequenceId(1))
-    cache.admit(SequenceId(1), 4)
+    cache.admit(SequenceId(1), [0] * 4)
     assert cache.admission(SequenceId(1)) != first
 
 
 def test_writing_a_shared_page_is_caught() -> None:
     cache = CacheManager(SIZES)
-    cache.admit(SequenceId(1), 9)
+    cache.admit(SequenceId(1), [0] * 9)
     cache.fork(SequenceId(1), SequenceId(2), 8)
     with pytest.raises(AssertionError, match="writes shared page"):
         cache.check_writable(SequenceId(2), 7, 8)
 
 
-def test_copies_happen_all_at_once() -> None:
+def test_copies_of_one_kind_happen_all_at_once() -> None:
     """A page freed by one sequence may be the target of another's copy in the same step."""
-    spec = StateSpec((LayerSpec(AttentionSpec(1, 2), {"qkv": ConvSpec(3, 4)}),), torch.float32, 3)
-    state = allocate(spec, SIZES, torch.device("cpu"), poison=True)
-    k, ring = state[0].k_pages, state[0].rings["qkv"]
+    storage = CacheStorage(SPEC, SIZES, CPU, poison=True)
+    k, ring = storage.layers[0].k_pages, storage.layers[0].rings["qkv"]
     assert k is not None
     k[1], k[2], ring[1], ring[2] = 1.0, 2.0, 10.0, 20.0
-    swap = Copies(
-        pages=((PageId(1), PageId(2)), (PageId(2), PageId(3))),
-        slots=((SlotId(1), SlotId(2)), (SlotId(2), SlotId(3))),
+    storage.apply(
+        Copies(
+            pages=[(PageId(1), PageId(2)), (PageId(2), PageId(3))],
+            slots=[(SlotId(1), SlotId(2)), (SlotId(2), SlotId(3))],
+        )
     )
-    apply_copies(state, swap)
     assert k[2].eq(1).all()
     assert k[3].eq(2).all()
     assert ring[2].eq(10).all()
     assert ring[3].eq(20).all()
+
+
+def test_a_window_saved_in_a_step_can_be_loaded_in_it() -> None:
+    storage = CacheStorage(SPEC, SIZES, CPU, poison=True)
+    ring = storage.layers[0].rings["qkv"]
+    ring[1, :, 0] = torch.tensor([4.0, 5.0, 2.0, 3.0])  # positions 2 .. 5 of a sequence
+    saved = (SlotId(1), 6, TailId(0))
+    storage.apply(Copies(saves=[saved], loads=[(TailId(0), SlotId(2), 6)]))
+    assert ring[2, :, 0].nan_to_num(-1).tolist() == [4.0, 5.0, -1.0, 3.0]
 
 
 @pytest.mark.parametrize(

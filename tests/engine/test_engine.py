@@ -44,7 +44,11 @@ def assert_empty(core: EngineCore) -> None:
     assert stats.running == stats.waiting == stats.pages_used == stats.slots_used == 0
 
 
-prompts = st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=30)
+# Often alike, so that prefixes are shared, diverge and are resumed.
+prompts = st.one_of(
+    st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=30),
+    st.lists(st.sampled_from([0, 0, 0, 0, 1]), min_size=1, max_size=30),
+)
 
 
 @st.composite
@@ -69,17 +73,23 @@ def traffic(draw: st.DrawFn) -> list[tuple[str, int, list[int], int, int, int]]:
     num_pages=st.integers(11, 40),
     num_slots=st.integers(1, 6),
     budget=st.integers(1, 40),
+    num_tails=st.sampled_from([0, 1, 3, 50]),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_mixed_traffic_equals_a_loop_over_each_alone(
     arrivals: list[tuple[str, int, list[int], int, int, int]],
     num_pages: int,
     num_slots: int,
     budget: int,
+    num_tails: int,
 ) -> None:
     """Arrivals at any time, chunks of any size, pools down to one sequence, forks and aborts."""
     core = mock_core(
-        num_pages=num_pages, num_slots=num_slots, max_batch_tokens=budget, max_model_len=44
+        num_pages=num_pages,
+        num_slots=num_slots,
+        max_batch_tokens=budget,
+        max_model_len=44,
+        num_tails=num_tails,
     )
     tokens: Output = defaultdict(list)
     ended: set[tuple[str, int]] = set()
@@ -284,3 +294,81 @@ def test_uniform_numbers_are_uniform_and_distinct() -> None:
 
 def test_params_have_a_stable_default() -> None:
     assert SamplingParams() == SamplingParams(temperature=1.0, top_p=1.0, top_k=0, min_p=0.0)
+
+
+def hits(core: EngineCore, prompt: list[int], **params: object) -> int:
+    """Runs a prompt to its end; the tokens it was spared."""
+    before = core.stats().prefix_hits
+    core.add(request("hit", prompt, 3, **params))
+    tokens, _ = drain(core)
+    assert tokens["hit", 0] == continuation(prompt, 3)
+    return core.stats().prefix_hits - before
+
+
+@pytest.mark.parametrize("num_tails", [0, 8])
+def test_a_conversation_hits_its_own_past(num_tails: int) -> None:
+    core = mock_core(num_tails=num_tails)
+    turn = [*range(50, 71)]
+    assert hits(core, turn) == 0
+    turn = [*turn, *continuation(turn, 3), 7, 8, 9]
+    # 21 + 3 tokens, of which the last was never computed: 23, so 5 full pages of 4.
+    assert hits(core, turn) == 20
+    replayed = core.stats().replayed_tokens
+    assert replayed == (4 if num_tails else 6)
+    assert hits(core, turn) == 24
+    # A tail was stored where the second branched off, at 20, and now at 24.
+    assert core.stats().replayed_tokens - replayed == (4 if num_tails else 6)
+    assert hits(core, turn) == 24
+    assert core.stats().replayed_tokens - replayed == (4 if num_tails else 12)
+    assert core.stats().prefix_queries == 21 + 27 + 27 + 27
+
+
+def test_cached_tokens_are_reported_once_and_resets_forget_them() -> None:
+    core = mock_core()
+    hits(core, list(range(20)))
+    core.add(request("r", list(range(20)), 2))
+    events = [event for _ in range(2) for event in core.step()]
+    assert [e.num_cached_tokens for e in events] == [16, 0]
+    core.reset_prefixes()
+    assert core.stats().pages_kept == 0
+    assert hits(core, list(range(20))) == 0
+
+
+def test_salts_and_switches_keep_prefixes_apart() -> None:
+    core = mock_core()
+    hits(core, list(range(20)), cache_salt="a")
+    assert hits(core, list(range(20)), cache_salt="b") == 0
+    assert hits(core, list(range(20)), cache_salt="a") == 16
+    off = mock_core(prefix_caching=False)
+    hits(off, list(range(20)))
+    assert hits(off, list(range(20))) == 0
+    assert off.stats().pages_kept == 0
+
+
+def test_scored_prompts_are_computed_whole() -> None:
+    """Rows that the cache spares have no logits to score with."""
+    core = mock_core()
+    hits(core, list(range(20)))
+    core.add(request("r", list(range(20)), 1, prompt_logprobs=0))
+    (event,) = [e for _ in range(3) for e in core.step()]
+    assert event.num_cached_tokens == 0
+    assert event.prompt_logprobs is not None
+    assert len(event.prompt_logprobs) == 20
+
+
+def test_a_preempted_sequence_resumes_from_its_own_pages() -> None:
+    rows: dict[bool, int] = {}
+    for caching in (True, False):
+        core = mock_core(
+            num_pages=12, page_size=2, max_model_len=24, max_batch_tokens=64, prefix_caching=caching
+        )
+        core.add(request("first", [1, 2, 3], 12))
+        core.add(request("second", [4, 5, 6], 18))
+        rows[caching] = 0
+        while core.has_work:
+            core.step()
+            rows[caching] += core.stats().step_tokens
+        assert core.stats().preemptions == 1
+    assert core.stats().prefix_queries == 6  # what a preemption takes is no query
+    # All but the page that the first took from it, and a replay.
+    assert rows[True] == rows[False] - 10 + 6

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from convserve.cache import CacheManager, CacheSizes, Copies, allocate
+from convserve.cache import CacheManager, CacheSizes, CacheStorage, Copies
 from convserve.cache.pools import SequenceId
 from convserve.engine import LLM, SamplingParams
 from convserve.engine.batch_builder import BatchBuilder
@@ -43,8 +43,8 @@ def logits_of(model: Decoder, tokens: list[int]) -> Tensor:
     """Logits of every row of one sequence, computed whole and alone in a fresh cache."""
     sizes = CacheSizes(1, 256, 1, model.state_spec.ring_len())
     cache = CacheManager(sizes)
-    state = allocate(model.state_spec, sizes, CPU, poison=True)
-    cache.admit(SequenceId(1), len(tokens))
+    state = CacheStorage(model.state_spec, sizes, CPU, poison=True).layers
+    cache.admit(SequenceId(1), tokens)
     seq = Sequence(
         id=SequenceId(1),
         request_id="naive",
@@ -55,6 +55,7 @@ def logits_of(model: Decoder, tokens: list[int]) -> Tensor:
         max_len=256,
         seed=0,
         priority=0,
+        salt="",
         arrival=0,
         arrived_at=0.0,
     )
@@ -72,13 +73,9 @@ def naive_greedy(name: str, prompt: tuple[int, ...], count: int) -> list[int]:
     return tokens[len(prompt) :]
 
 
-PROMPTS = [
-    (7,),
-    (1, 2),
-    (9, 8, 7, 6, 5),
-    tuple(range(40, 57)),
-    tuple(range(100, 131)),
-]
+LONG = tuple(range(100, 131))
+# Prefixes cut at a page's end (4 tokens), one before, one after, and W + 1 beyond.
+PROMPTS = [(7,), (1, 2), LONG, *((*LONG[:n], 5, 6, n) for n in (3, 4, 5, 8, 15, 16, 17, 21, 27))]
 
 
 @given(
@@ -86,14 +83,16 @@ PROMPTS = [
     arrivals=st.lists(
         st.tuples(st.sampled_from(PROMPTS), st.integers(0, 12), st.sampled_from([1, 1, 2])),
         min_size=1,
-        max_size=6,
+        max_size=8,
     ),
     aborted=st.sets(st.integers(0, 5), max_size=2),
     budget=st.integers(1, 24),
     num_pages=st.integers(11, 40),
     num_slots=st.integers(1, 6),
+    num_tails=st.sampled_from([0, 1, 2, 30]),
+    prefix_caching=st.sampled_from([True, True, True, False]),
 )
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_engine_equals_a_naive_loop(
     name: str,
     arrivals: list[tuple[tuple[int, ...], int, int]],
@@ -101,10 +100,15 @@ def test_engine_equals_a_naive_loop(
     budget: int,
     num_pages: int,
     num_slots: int,
+    num_tails: int,
+    prefix_caching: bool,
 ) -> None:
+    """Whatever shares the batch, is cut, preempted, aborted, forked, found in the prefix cache,
+    replayed or restored from a tail: greedy tokens are those of the loop."""
     model = model_of(name)
-    sizes = CacheSizes(num_pages, 4, num_slots, model.state_spec.ring_len())
-    core = EngineCore(model, Limits(sizes, 44, budget, 0), (), CPU, poison=True)
+    sizes = CacheSizes(num_pages, 4, num_slots, model.state_spec.ring_len(), num_tails)
+    limits = Limits(sizes, 44, budget, 0)
+    core = EngineCore(model, limits, (), CPU, prefix_caching=prefix_caching, poison=True)
     params = {n: SamplingParams(temperature=0, max_tokens=10, n=n) for n in (1, 2)}
     output: dict[tuple[int, int], list[int]] = {}
     step = 0
@@ -141,12 +145,13 @@ def test_scores_are_the_log_probabilities_of_the_tokens(name: str) -> None:
 def test_generate_takes_text_and_token_ids() -> None:
     llm = llm_of("dynconv_lowrank_qkv")
     params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
-    text = llm.generate("hello", params)
-    assert text == llm.generate([104, 101, 108, 108, 111], params)
+    (text,) = llm.generate("hello", params)
+    (ids,) = llm.generate([104, 101, 108, 108, 111], params)
+    assert (text.text, text.token_ids) == (ids.text, ids.token_ids)
     both = llm.generate(["hello", [1, 2]], params)
-    assert both[0] == text[0]
+    assert both[0].token_ids == text.token_ids
     assert len(both[1].token_ids) == 6
-    assert text[0].text == llm.tokenizer.decode(text[0].token_ids, skip_special_tokens=True)
+    assert text.text == llm.tokenizer.decode(text.token_ids, skip_special_tokens=True)
 
 
 def test_stop_strings_end_a_completion() -> None:

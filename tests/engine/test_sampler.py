@@ -34,6 +34,7 @@ def sequence(
         max_len=1000,
         seed=seed,
         priority=0,
+        salt="",
         arrival=0,
         arrived_at=0.0,
         num_computed=len(prompt) + len(output or []) - 1,

@@ -13,6 +13,7 @@ import torch
 from convserve.cache import AttentionSpec, CacheSizes, ConvSpec, LayerSpec, StateSpec
 from convserve.engine.core import EngineCore
 from convserve.engine.messages import EngineInfo, GenerateRequest, SamplingParams
+from convserve.engine.models import PADDING
 from convserve.engine.resolve import Limits
 
 if TYPE_CHECKING:
@@ -42,11 +43,16 @@ def continuation(prompt: Sequence[int], count: int, stops: Iterable[int] = ()) -
 
 
 class MockModel:
-    """See the module."""
+    """See the module. Two convolutions in series, so that a window forgets what it held before
+    only after 2 * (WIDTH - 1) tokens, as a real model's does."""
+
+    replay_length: int | None = 2 * (WIDTH - 1)
 
     def __init__(self) -> None:
-        layer = LayerSpec(AttentionSpec(1, 1), {"qkv": ConvSpec(1, WIDTH)})
-        self.state_spec = StateSpec((layer,), torch.float64, 2 * (WIDTH - 1))
+        layer = LayerSpec(
+            AttentionSpec(1, 1), {"first": ConvSpec(1, WIDTH), "second": ConvSpec(1, WIDTH)}
+        )
+        self.state_spec = StateSpec((layer,), torch.float64, self.replay_length)
         self.broken_after: int | None = None
         """Prefixes of this length or more give logits that are not finite."""
 
@@ -56,35 +62,53 @@ class MockModel:
         assert flat.spans is not None
         assert layer.k_pages is not None
         page_size = layer.k_pages.shape[2]
-        keys, ring = layer.k_pages.view(-1), layer.rings["qkv"].view(-1)
-        self._check_windows(batch, ring)
-        tokens = batch.token_ids.double()
-        keys[flat.kv_rows] = tokens
-        kept = flat.ring_rows >= 0
-        ring[flat.ring_rows[kept]] = tokens[kept]
-        logits = torch.zeros(len(batch.logit_rows), VOCAB)
-        for i, row in enumerate(batch.logit_rows.tolist()):
-            position = int(flat.positions[row])
-            p = torch.arange(position + 1)
-            pages = flat.pages[int(flat.row_seq[row])].long()
-            prefix = keys[pages[p // page_size] * page_size + p % page_size]
-            assert not prefix.isnan().any(), "a position was read that was never written"
-            logits[i, next_token(prefix.tolist())] = 1.0
-            if self.broken_after is not None and position + 1 >= self.broken_after:
-                logits[i] = torch.nan
+        keys = layer.k_pages.view(-1)
+        written = flat.kv_rows >= 0
+        keys[flat.kv_rows[written]] = batch.token_ids[written].double()
+        wanted = {row: i for i, row in enumerate(batch.logit_rows.tolist())}
+        logits = torch.zeros(len(wanted), VOCAB)
+        row = 0
+        for s, (start, rows) in enumerate(flat.spans):
+            for position in range(start, start + rows):
+                second = self._convolve(batch, s, row, position)
+                if row in wanted:
+                    p = torch.arange(position + 1)
+                    pages = flat.pages[s].long()
+                    prefix = keys[pages[p // page_size] * page_size + p % page_size].tolist()
+                    assert second == true_window(prefix), "a conv window is not its own"
+                    logits[wanted[row], next_token(prefix)] = 1.0
+                    if self.broken_after is not None and position + 1 >= self.broken_after:
+                        logits[wanted[row]] = torch.nan
+                row += 1
         return logits
 
-    def _check_windows(self, batch: ForwardBatch, ring: Tensor) -> None:
-        """The ring holds the last W - 1 tokens before each sequence's first row."""
-        flat, keys = batch.flat, batch.state[0].k_pages
-        assert keys is not None
-        assert flat.spans is not None
-        page_size = keys.shape[2]
-        for s, (start, _) in enumerate(flat.spans):
-            for p in range(max(0, start - WIDTH + 1), start):
-                page = int(flat.pages[s, p // page_size])
-                stored = ring[int(flat.slots[s]) * flat.ring_len + p % flat.ring_len]
-                assert stored == keys[page, 0, p % page_size, 0], "a conv window is not its own"
+    def _convolve(self, batch: ForwardBatch, s: int, row: int, position: int) -> float:
+        """Both convolutions at one row, through the rings. -> the second one's output."""
+        flat, rings = batch.flat, batch.state[0].rings
+        base = int(flat.slots[s]) * flat.ring_len
+        assert flat.ring_rows[row] in (PADDING, base + position % flat.ring_len)
+        value = float(batch.token_ids[row])
+        for name in ("first", "second"):
+            ring = rings[name].view(-1)
+            ring[base + position % flat.ring_len] = value
+            value = sum(
+                (tap + 1) * float(ring[base + (position - tap) % flat.ring_len])
+                for tap in range(WIDTH)
+                if position >= tap
+            )
+        return value
+
+
+def true_window(prefix: Sequence[float]) -> float:
+    """What the second convolution gives after a prefix."""
+
+    def convolve(values: Sequence[float]) -> list[float]:
+        return [
+            sum((tap + 1) * values[p - tap] for tap in range(WIDTH) if p >= tap)
+            for p in range(len(values))
+        ]
+
+    return convolve(convolve(prefix[-2 * WIDTH + 1 :]))[-1] if len(prefix) else 0.0
 
 
 def mock_core(
@@ -95,14 +119,18 @@ def mock_core(
     num_slots: int = 8,
     max_batch_tokens: int = 16,
     max_model_len: int | None = None,
+    num_tails: int = 0,
+    prefix_caching: bool = True,
     eos: tuple[int, ...] = (),
 ) -> EngineCore:
     """An engine over the mock model, its cache poisoned."""
     model = model or MockModel()
-    sizes = CacheSizes(num_pages, page_size, num_slots, model.state_spec.ring_len())
+    ring_len = model.state_spec.ring_len()
+    sizes = CacheSizes(num_pages, page_size, num_slots, ring_len, num_tails)
     length = max_model_len or sizes.capacity
     limits = Limits(sizes, length, max_batch_tokens, 0)
-    return EngineCore(model, limits, eos, torch.device("cpu"), poison=True)
+    device = torch.device("cpu")
+    return EngineCore(model, limits, eos, device, prefix_caching=prefix_caching, poison=True)
 
 
 def mock_info(core: EngineCore) -> EngineInfo:
@@ -134,9 +162,11 @@ def request(
     """A greedy request."""
     fields: dict[str, object] = {"temperature": 0.0, "max_tokens": max_tokens, **params}
     priority = int(str(fields.pop("priority", 0)))
+    salt = str(fields.pop("cache_salt", ""))
     return GenerateRequest(
         request_id=request_id,
         prompt=tuple(prompt),
         params=SamplingParams(**fields),  # pyright: ignore[reportArgumentType]
         priority=priority,
+        cache_salt=salt,
     )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from convserve.cache import CacheManager, CacheSizes, Copies, LayerState, allocate
+from convserve.cache import CacheManager, CacheSizes, CacheStorage, Copies, LayerState
 from convserve.cache.pools import SequenceId
 from convserve.engine.batch_builder import BatchBuilder
 from convserve.engine.core import EngineCore
@@ -41,10 +41,12 @@ class Harness:
     def __init__(self, model: Decoder, sequences: list[list[int]]) -> None:
         sizes = CacheSizes(96, 4, len(sequences) + 1, model.state_spec.ring_len())
         self.cache = CacheManager(sizes)
-        self.state: tuple[LayerState, ...] = allocate(model.state_spec, sizes, CPU, poison=True)
+        storage = CacheStorage(model.state_spec, sizes, CPU, poison=True)
+        self.state: tuple[LayerState, ...] = storage.layers
         self._builder = BatchBuilder(self.cache, self.state, 128, CPU)
         self._model = model
-        self.cache.admit(SequenceId(99), 5)  # so that slots and pages do not start at the same ids
+        # So that slots and pages do not start at the same ids.
+        self.cache.admit(SequenceId(99), [0] * 5)
         self.seqs = [self._sequence(i, tokens) for i, tokens in enumerate(sequences)]
         self.logits: list[list[Tensor]] = [[] for _ in sequences]
 
@@ -59,10 +61,11 @@ class Harness:
             max_len=len(tokens) + 1,
             seed=0,
             priority=0,
+            salt="",
             arrival=number,
             arrived_at=0.0,
         )
-        assert self.cache.admit(seq.id, len(tokens))
+        assert self.cache.admit(seq.id, tokens)
         return seq
 
     def step(self, rows: list[int]) -> None:
