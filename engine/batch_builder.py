@@ -90,6 +90,7 @@ class BatchBuilder:
             flat=flat,
             state=self._state,
             logit_rows=self._tensor(np.array(logit_rows, dtype=np.int64)),
+            shared=tuple(shared.tolist()) if (starts < shared).any() else None,
         )
 
     def _refresh(self, seq: SequenceId) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncGenerator
 
     from .messages import EngineInfo, EngineStats, GenerateRequest, TokenEvent
 
@@ -45,7 +45,7 @@ class EngineClient(Protocol):
         """Seconds since the engine last said anything (it does so at least every second)."""
         ...
 
-    def submit(self, request: GenerateRequest) -> AsyncIterator[TokenEvent]:
+    def submit(self, request: GenerateRequest) -> AsyncGenerator[TokenEvent, None]:
         """Starts a request and yields its events, of all its choices, until all have finished.
 
         Closing the iterator early (or cancelling the task that reads it) aborts the request.
@@ -58,6 +58,11 @@ class EngineClient(Protocol):
     def abort(self, request_id: str, index: int | None = None) -> None:
         """Stops a request, or one choice of it (a stop string was found). Sends no event; the
         iterator ends when every choice has finished or been aborted."""
+        ...
+
+    def reset_prefix_cache(self) -> None:
+        """Has the engine forget, before its next step, every cached prefix that no running request
+        owns."""
         ...
 
     async def wait_dead(self) -> int | None:

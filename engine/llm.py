@@ -21,7 +21,7 @@ from .text import OutputText, StopStrings, TextTokenizer
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from .messages import FinishReason, Logprobs, TokenEvent
+    from .messages import EngineStats, FinishReason, Logprobs, TokenEvent
 
 Prompt = str | list[int]
 
@@ -68,6 +68,11 @@ class LLM:
         self._folder = Path(model)
         self._tokenizer: TextTokenizer | None = None
         self._numbers = itertools.count()
+
+    @property
+    def stats(self) -> EngineStats:
+        """Gauges and counters of the engine, now."""
+        return self._core.stats()
 
     @property
     def tokenizer(self) -> TextTokenizer:

@@ -13,7 +13,7 @@ from .messages import EngineCommand, EngineReply, Heartbeat, Shutdown, StepRepor
 from .streams import RequestStreams
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncGenerator
 
     from .core import EngineCore
     from .messages import EngineInfo, EngineStats, GenerateRequest, TokenEvent
@@ -52,13 +52,17 @@ class LocalClient:
         """See `EngineClient`."""
         return self._streams.heartbeat_age
 
-    def submit(self, request: GenerateRequest) -> AsyncIterator[TokenEvent]:
+    def submit(self, request: GenerateRequest) -> AsyncGenerator[TokenEvent, None]:
         """See `EngineClient`."""
         return self._streams.submit(request)
 
     def abort(self, request_id: str, index: int | None = None) -> None:
         """See `EngineClient`."""
         self._streams.abort(request_id, index)
+
+    def reset_prefix_cache(self) -> None:
+        """See `EngineClient`."""
+        self._streams.reset_prefix_cache()
 
     async def wait_dead(self) -> int | None:
         """See `EngineClient`."""

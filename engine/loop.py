@@ -20,6 +20,7 @@ from .messages import (
     StepReport,
     TokenEvent,
 )
+from .sampling_checks import check_sampling
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -69,7 +70,7 @@ def refuse(request: GenerateRequest, info: EngineInfo) -> str | None:
     if min(request.prompt) < 0 or max(request.prompt) >= info.vocab_size:
         return f"prompt: a token id is outside 0..{info.vocab_size - 1}"
     try:
-        request.params.check(info.vocab_size)
+        check_sampling(request.params, info.vocab_size, info.eos_token_ids)
     except ValueError as error:
         return str(error)
     return None

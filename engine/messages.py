@@ -16,7 +16,7 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """How tokens of one request are chosen and when it ends.
 
-    `check` names the first field that is out of range; the engine assumes it was called.
+    `sampling_checks.check_sampling` names the first field that is out of range.
     """
 
     n: int = 1
@@ -49,12 +49,6 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """Log-probabilities of each chosen token and of this many best ones."""
     prompt_logprobs: int | None = None
     """The same for each prompt token given the ones before it."""
-
-    def check(self, vocab_size: int) -> None:
-        """Raises ValueError, worded `field: what is wrong (what is allowed)`."""
-        from .sampling_checks import check_sampling
-
-        check_sampling(self, vocab_size)
 
 
 class GenerateRequest(msgspec.Struct, frozen=True, tag="generate", kw_only=True):

@@ -27,7 +27,7 @@ from .streams import RequestStreams
 from .wire import frame, read_frame, reply_decoder
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncGenerator
 
     from .config import EngineConfig
 
@@ -135,13 +135,17 @@ class ProcessClient:
         """Process id of the engine."""
         return self._process.pid
 
-    def submit(self, request: GenerateRequest) -> AsyncIterator[TokenEvent]:
+    def submit(self, request: GenerateRequest) -> AsyncGenerator[TokenEvent, None]:
         """See `EngineClient`."""
         return self._streams.submit(request)
 
     def abort(self, request_id: str, index: int | None = None) -> None:
         """See `EngineClient`."""
         self._streams.abort(request_id, index)
+
+    def reset_prefix_cache(self) -> None:
+        """See `EngineClient`."""
+        self._streams.reset_prefix_cache()
 
     async def wait_dead(self) -> int | None:
         """See `EngineClient`."""

@@ -14,12 +14,13 @@ from .messages import (
     EngineStats,
     GenerateRequest,
     Heartbeat,
+    ResetPrefixCache,
     StepReport,
     TokenEvent,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncGenerator, Callable
 
 
 class _Stream:
@@ -50,7 +51,7 @@ class RequestStreams:
         """Seconds since the engine last said anything."""
         return time.monotonic() - self._heard_at
 
-    async def submit(self, request: GenerateRequest) -> AsyncIterator[TokenEvent]:
+    async def submit(self, request: GenerateRequest) -> AsyncGenerator[TokenEvent, None]:
         """See `EngineClient.submit`."""
         if self._death is not None:
             raise self._death
@@ -85,6 +86,11 @@ class RequestStreams:
         self._send(AbortRequest(request_id, index))
         if not stream.open:
             stream.events.put_nowait(None)
+
+    def reset_prefix_cache(self) -> None:
+        """See `EngineClient.reset_prefix_cache`."""
+        if self._death is None:
+            self._send(ResetPrefixCache())
 
     def receive(self, report: StepReport | Heartbeat) -> None:
         """Takes a report of the engine in."""

@@ -22,8 +22,9 @@ from .wire import command_decoder, config_decoder, frame, receive_frame
 
 def main(path: str) -> int:
     """Connects, takes the config, starts, serves. Returns the exit code."""
-    # A terminal's Ctrl-C reaches every process of its group; the server decides when to stop.
+    # Signals to a whole process group reach the engine too; the server decides when to stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     with socket.socket(socket.AF_UNIX) as sock:
         sock.connect(path)
         body = receive_frame(sock)

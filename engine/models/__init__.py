@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from .config import ModelConfig, read_config
-from .decoder import Decoder, load_decoder, replay_length
+from .decoder import Decoder, load_decoder
 from .errors import ModelError
 from .forward_batch import PADDING, FlatBatch, ForwardBatch
 from .registry import load_model
+from .replay import replay_length
 
 __all__ = [
     "PADDING",

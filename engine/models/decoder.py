@@ -9,6 +9,7 @@ import torch
 from ...cache.specs import AttentionSpec, LayerSpec, StateSpec
 from .checkpoint import CheckpointReader
 from .layers import AttentionBlock, BlockBuilder, ExpertsBlock, MLPBlock, Norm
+from .replay import RowDropper, tokens_needed
 from .rope import rope_table
 
 if TYPE_CHECKING:
@@ -59,7 +60,8 @@ class Decoder:
             self._head = ops.pack_linear(table, None)
         else:
             self._head = ops.pack_linear(reader.take(head, (c.vocab_size, c.hidden_size)), None)
-        self.state_spec = StateSpec(tuple(specs), dtype, replay_length(c))
+        self._needed = tokens_needed(c)
+        self.state_spec = StateSpec(tuple(specs), dtype, self._needed[0])
         self._rope = rope_table(c.rope, c.max_positions, device)
 
     def forward(self, batch: ForwardBatch) -> Tensor:
@@ -68,27 +70,18 @@ class Decoder:
         rope = self._rope[flat.positions.clamp_min(0)]
         residual = ops.embed(batch.token_ids, self._table)
         x = ops.rms_norm(residual, self._norms[0].weight, self._norms[0].eps)
+        dropper = RowDropper(batch, self._needed) if batch.shared is not None else None
         for i, (attention, mlp) in enumerate(self._layers):
+            if dropper is not None and (rows := dropper.before(i)) is not None:
+                x, residual, rope, flat = x[rows], residual[rows], rope[rows], dropper.flat
             state = batch.state[i]
             x, residual = attention(x, residual, self._norms[2 * i + 1], rope, state, flat)
             x, residual = mlp(x, residual, self._norms[2 * i + 2], state, flat)
-        return ops.linear(x[batch.logit_rows], self._head)
+        logit_rows = batch.logit_rows if dropper is None else dropper.logit_rows
+        return ops.linear(x[logit_rows], self._head)
 
     def _norm(self, reader: CheckpointReader, name: str) -> Norm:
         return Norm(reader.take(f"{name}.weight", (self.config.hidden_size,)), self.config.eps)
-
-
-def replay_length(config: ModelConfig) -> int:
-    """Tokens after which every conv window is exact whatever it held before.
-
-    (W - 1) times the convolutions in series along the residual path; at least W - 1 where there is
-    any convolution at all, since every window must be refilled.
-    """
-    if config.conv is None:
-        return 0
-    layers = config.num_layers if config.conv.layers is None else len(config.conv.layers)
-    serial = max(layers * config.conv.serial_per_layer, min(layers, 1))
-    return (config.conv.width - 1) * serial
 
 
 def load_decoder(

@@ -26,3 +26,6 @@ class ForwardBatch:
     """Pages and rings of each layer, read and written in place."""
     logit_rows: Tensor
     """[L] int64. Rows whose next-token logits are wanted."""
+    shared: tuple[int, ...] | None = None
+    """Per sequence, the position below which rows are a replay: run again for the conv windows
+    alone. None if the step has no such rows."""

@@ -65,7 +65,7 @@ async def test_leaving_a_stream_frees_the_request() -> None:
     stream = client.submit(request("r", [1, 2], 900))
     async for _ in stream:
         break
-    await stream.aclose()  # pyright: ignore[reportAttributeAccessIssue]
+    await stream.aclose()
     await until(lambda: is_idle(client))
     await client.close()
 
