@@ -46,6 +46,7 @@ class MockModel:
     """See the module. Two convolutions in series, so that a window forgets what it held before
     only after 2 * (WIDTH - 1) tokens, as a real model's does."""
 
+    is_capturable = False
     replay_length: int | None = 2 * (WIDTH - 1)
 
     def __init__(self) -> None:

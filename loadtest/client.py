@@ -1,0 +1,254 @@
+"""Sends one request and returns its record: the place where every kind of failure gets its name.
+
+Knows the wire fields of the OpenAI API; knows nothing of schedules, workloads or statistics.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from .http import ConnectError, ConnectionLostError, Pool, ProtocolError
+from .records import RequestRecord, pack_counts, pack_offsets
+from .stream import EnoughTokens, MalformedError, StreamSink, TokenCounter
+
+if TYPE_CHECKING:
+    from .records import Outcome
+
+ENDPOINTS = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
+
+_RETRIED = (408, 429, 500, 502, 503, 504)
+
+
+class ClientOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """What applies to all requests of a run."""
+
+    timeout: float = 300.0
+    """Seconds a request may take in all, retries included."""
+    connect_timeout: float = 10.0
+    retries: int = 0
+    """How often a refused or overloaded request is tried again; its time goes on counting."""
+    honour_retry_after: bool = True
+    keep_alive: bool = True
+    vendor_fields: bool = True
+    """Ask for token ids and running usage, and send `ignore_eos`: fields beyond OpenAI's own."""
+
+
+class Outgoing(msgspec.Struct, frozen=True, kw_only=True):
+    """One request, ready to send."""
+
+    index: int
+    turn: int = 0
+    traffic: str = "default"
+    endpoint: str
+    body: dict[str, Any]
+    max_tokens: int
+    cancel_after: int | None = None
+    read_rate: float | None = None
+    keep_output: bool = False
+    expected: str | None = None
+    """Canary: the only text that is right."""
+
+
+class Client:
+    """Sends requests to one target and stamps them on the run's clock."""
+
+    def __init__(self, pool: Pool, options: ClientOptions) -> None:
+        self.pool = pool
+        self.options = options
+        self.origin = 0.0
+        """`perf_counter` of the run's time 0."""
+        self.counter = TokenCounter()
+
+    def now(self) -> float:
+        """Seconds on the run's clock."""
+        return perf_counter() - self.origin
+
+    def _body(self, outgoing: Outgoing) -> bytes:
+        body = dict(outgoing.body)
+        body["stream"] = True
+        usage: dict[str, bool] = {"include_usage": True}
+        limit = "max_tokens"
+        if self.options.vendor_fields:
+            usage["continuous_usage_stats"] = True
+            body["return_token_ids"] = True
+        else:
+            body.pop("ignore_eos", None)
+            if outgoing.endpoint == "chat":
+                limit = "max_completion_tokens"
+        body["stream_options"] = usage
+        body[limit] = outgoing.max_tokens
+        return msgspec.json.encode(body)
+
+    async def send(
+        self, outgoing: Outgoing, intended: float, dispatched: float
+    ) -> tuple[RequestRecord, StreamSink | None]:
+        """Sends and reads to the end, whatever the end is.
+
+        Args:
+            intended: when it should have been sent, on the run's clock.
+            dispatched: when the client turned to it.
+
+        Returns:
+            (record, the last attempt's answer; None if nothing was ever sent).
+        """
+        request = self.pool.encode("POST", ENDPOINTS[outgoing.endpoint], self._body(outgoing))
+        attempt = _Attempt(outgoing)
+        try:
+            async with asyncio.timeout(self.options.timeout):
+                await self._attempts(attempt, request)
+        except TimeoutError:
+            attempt.outcome = "timeout"
+            attempt.message = f"not finished within {self.options.timeout:g} s"
+        except asyncio.CancelledError:
+            attempt.outcome = "unfinished"
+            attempt.message = "the run ended first"
+        return self._record(attempt, intended, dispatched), attempt.sink
+
+    async def _attempts(self, attempt: _Attempt, request: bytes) -> None:
+        for number in range(self.options.retries + 1):
+            attempt.number = number + 1
+            await self._attempt(attempt, request)
+            refused = attempt.outcome == "refused"
+            overloaded = attempt.outcome == "http_error" and attempt.status in _RETRIED
+            if number == self.options.retries or not (refused or overloaded):
+                return
+            await asyncio.sleep(self._pause(attempt, number))
+
+    def _pause(self, attempt: _Attempt, number: int) -> float:
+        asked = attempt.sink.headers.get("retry-after", "") if attempt.sink else ""
+        if self.options.honour_retry_after and asked.replace(".", "", 1).isdigit():
+            return float(asked)
+        return min(0.1 * 2**number, 5.0)
+
+    async def _attempt(self, attempt: _Attempt, request: bytes) -> None:
+        out = attempt.outgoing
+        # a slow reader shrinks its socket's buffers, so it shares no connection
+        fresh = out.read_rate is not None
+        sink = attempt.sink = StreamSink(
+            keep_output=out.keep_output or out.expected is not None,
+            cancel_after=out.cancel_after,
+            counter=self.counter,
+        )
+        try:
+            connection, attempt.reused = await self.pool.acquire(fresh=fresh)
+        except ConnectError as error:
+            attempt.outcome = "refused" if error.refused else "connect_error"
+            attempt.message = str(error)
+            attempt.sink = None
+            return
+        try:
+            attempt.sent = perf_counter()
+            attempt.sent = await connection.exchange(request, sink, out.read_rate)
+            self.pool.release(connection)
+            attempt.judge()
+        except ConnectionLostError as error:
+            if sink.done is not None:
+                attempt.judge()
+            else:
+                attempt.outcome = "truncated" if sink.first_byte is not None else "reset"
+                attempt.message = str(error)
+        except EnoughTokens:
+            attempt.outcome = "cancelled"
+        except (MalformedError, ProtocolError) as error:
+            attempt.outcome, attempt.message = "malformed", str(error)
+
+    def _record(self, attempt: _Attempt, intended: float, dispatched: float) -> RequestRecord:
+        out, sink, origin = attempt.outgoing, attempt.sink, self.origin
+        record = RequestRecord(
+            index=out.index,
+            turn=out.turn,
+            traffic=out.traffic,
+            kind="load" if out.expected is None else "canary",
+            intended=intended,
+            dispatched=dispatched,
+            sent=attempt.sent - origin if attempt.sent is not None else None,
+            end=self.now(),
+            outcome=attempt.outcome,
+            message=attempt.message[:200] if attempt.message else None,
+            status=attempt.status,
+            attempts=attempt.number,
+            reused=attempt.reused,
+            slow_reader=out.read_rate is not None,
+            max_tokens=out.max_tokens,
+        )
+        if sink is None:
+            return record
+        stamps = [stamp - origin for stamp in sink.chunk_stamps]
+        if sink.first_byte is not None:
+            record.first_byte = sink.first_byte - origin
+        if stamps:
+            record.first_token, record.last_token = stamps[0], stamps[-1]
+        if record.outcome == "ok" and sink.done is not None:
+            record.end = sink.done - origin
+        elif record.outcome != "timeout" and sink.last_stamp is not None:
+            record.end = sink.last_stamp - origin
+        record.finish_reason = sink.finish_reason
+        record.output_tokens, record.basis = sink.output_tokens, sink.basis
+        record.chunk_us = pack_offsets([stamp - intended for stamp in stamps])
+        record.chunk_tokens = pack_counts(sink.chunk_counts)
+        record.early_stop = (
+            record.completed
+            and bool(out.body.get("ignore_eos"))
+            and sink.finish_reason == "stop"
+            and (record.output_tokens or 0) < out.max_tokens
+        )
+        if sink.usage is not None:
+            record.prompt_tokens = sink.usage.prompt_tokens
+            if sink.usage.prompt_tokens_details is not None:
+                record.cached_tokens = sink.usage.prompt_tokens_details.cached_tokens
+        if sink.metrics is not None:
+            if sink.metrics.queue_time_ms is not None:
+                record.server_queue = sink.metrics.queue_time_ms / 1e3
+            if sink.metrics.time_to_first_token_ms is not None:
+                record.server_ttft = sink.metrics.time_to_first_token_ms / 1e3
+        if out.expected is not None and record.completed:
+            record.canary_match = "".join(sink.text) == out.expected
+        return record
+
+
+class _Attempt:
+    """The state of a request over its attempts."""
+
+    def __init__(self, outgoing: Outgoing) -> None:
+        self.outgoing = outgoing
+        self.number = 1
+        self.outcome: Outcome = "ok"
+        self.message: str | None = None
+        self.sent: float | None = None
+        self.reused = False
+        self.sink: StreamSink | None = None
+
+    @property
+    def status(self) -> int | None:
+        return self.sink.status or None if self.sink is not None else None
+
+    def judge(self) -> None:
+        """Names the outcome of an answer whose HTTP message is complete."""
+        sink = self.sink
+        assert sink is not None
+        self.outcome, self.message = _judge(sink, self.outgoing.max_tokens)
+
+
+def _judge(sink: StreamSink, max_tokens: int) -> tuple[Outcome, str | None]:
+    if sink.status != 200:
+        return "http_error", f"HTTP {sink.status}: {sink.http_error}"
+    if sink.answered_otherwise:
+        return "malformed", f"200 without an event stream: {sink.http_error}"
+    if sink.error is not None:
+        return "error_event", sink.error
+    if sink.done is None:
+        return "truncated", "the stream ended without [DONE]"
+    if sink.finish_reason is None:
+        return "truncated", "[DONE] without a finish_reason"
+    if sink.finish_reason in ("abort", "error"):
+        return "error_event", f"finish_reason {sink.finish_reason}"
+    if not sink.chunk_counts:
+        return "empty_output", "no token came"
+    tokens = sink.output_tokens
+    if sink.finish_reason == "length" and tokens is not None and tokens < max_tokens:
+        return "short_output", f"{tokens} of {max_tokens} tokens, yet finish_reason length"
+    return "ok", None

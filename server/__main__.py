@@ -1,0 +1,5 @@
+"""`python -m convserve.server` is the `convserve` command."""
+
+from .cli import main
+
+main()

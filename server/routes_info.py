@@ -1,0 +1,157 @@
+"""The routes that generate nothing: models, health, figures, tokenising.
+
+Knows nothing of generation.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from typing import TYPE_CHECKING, TypeVar
+
+import msgspec
+from fastapi import FastAPI, Request
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.responses import Response
+
+from .bodies import read_body
+from .errors import ApiError, bad_request, draining, engine_dead
+from .openapi import described
+from .protocol import (
+    DetokenizeReply,
+    DetokenizeRequest,
+    ModelCard,
+    ModelList,
+    TokenizeReply,
+    TokenizeRequest,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from .service import Service
+
+Handler = TypeVar("Handler", bound="Callable[..., Awaitable[Response]]")
+
+
+def add_info_routes(app: FastAPI, service: Service) -> None:
+    """Models, health, version, metrics, load."""
+    version = importlib.metadata.version("convserve")
+
+    @_get(app, "/v1/models", ModelList)
+    async def models() -> Response:
+        """The names the model is served under."""
+        return _json(
+            ModelList(data=[_card(service, name) for name in service.settings.model_names])
+        )
+
+    @_get(app, "/v1/models/{name:path}", ModelCard)
+    async def model(name: str) -> Response:
+        """One of them."""
+        service.check_model(name)
+        return _json(_card(service, name))
+
+    @_get(app, "/health", None)
+    @_get(app, "/ping", None)
+    async def health() -> Response:
+        """200 while the engine runs and has been heard of lately, else 503."""
+        if not service.client.is_alive:
+            raise engine_dead()
+        if not service.lifecycle.is_live:
+            raise ApiError(503, "the engine has not been heard of for too long")
+        return Response(status_code=200)
+
+    @_get(app, "/ready", None)
+    async def ready() -> Response:
+        """200 while new work is taken, else 503."""
+        if service.lifecycle.is_draining:
+            raise draining()
+        return await health()
+
+    @app.post("/reset_prefix_cache", **described(None, None))
+    async def reset_prefix_cache() -> Response:
+        """Forgets every cached prompt prefix that no running request uses."""
+        if not service.client.is_alive:
+            raise engine_dead()
+        service.client.reset_prefix_cache()
+        return Response(status_code=200)
+
+    @_get(app, "/version", None)
+    async def version_() -> Response:
+        """The version of this server."""
+        return _json({"version": version})
+
+    @_get(app, "/load", None)
+    async def load() -> Response:
+        """Sequences in the server."""
+        return _json({"server_load": service.lifecycle.live})
+
+    @_get(app, "/metrics", None)
+    async def metrics() -> Response:
+        """Figures for Prometheus."""
+        return Response(service.metrics.render(), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+
+def add_text_routes(app: FastAPI, service: Service) -> None:
+    """Tokenising and its inverse."""
+
+    @app.post("/tokenize", **described(TokenizeRequest, TokenizeReply))
+    async def tokenize(request: Request) -> Response:
+        """Token ids of a text, or of a conversation through the chat template."""
+        fields = await read_body(request, TokenizeRequest, service.settings)
+        service.check_model(fields.model)
+        if (fields.prompt is None) == (fields.messages is None):
+            raise bad_request("prompt", "either prompt or messages must be given")
+        if fields.messages is not None:
+            token_ids = await service.prompts.messages(
+                fields.messages,
+                fields.add_generation_prompt,
+                continue_final_message=fields.continue_final_message,
+                add_special_tokens=bool(fields.add_special_tokens),
+            )
+        else:
+            token_ids = await service.prompts.text(
+                fields.prompt or "", add_special_tokens=fields.add_special_tokens is not False
+            )
+        text_of = service.tokenizer.token_text
+        return _json(
+            TokenizeReply(
+                tokens=token_ids,
+                count=len(token_ids),
+                max_model_len=service.info.max_model_len,
+                token_strs=list(map(text_of, token_ids)) if fields.return_token_strs else None,
+            )
+        )
+
+    @app.post("/detokenize", **described(DetokenizeRequest, DetokenizeReply))
+    async def detokenize(request: Request) -> Response:
+        """The text of token ids."""
+        fields = await read_body(request, DetokenizeRequest, service.settings)
+        service.check_model(fields.model)
+        service.prompts.check_tokens(fields.tokens)
+        return _json(DetokenizeReply(service.tokenizer.decode(fields.tokens)))
+
+
+def _get(
+    app: FastAPI, path: str, reply: type[msgspec.Struct] | None
+) -> Callable[[Handler], Handler]:
+    """Registers a handler for GET, and for HEAD, which some clients probe with."""
+
+    def register(handler: Handler) -> Handler:
+        app.add_api_route(path, handler, methods=["GET"], **described(None, reply))
+        app.add_api_route(path, handler, methods=["HEAD"], include_in_schema=False)
+        return handler
+
+    return register
+
+
+def _card(service: Service, name: str) -> ModelCard:
+    return ModelCard(
+        id=name,
+        created=service.created,
+        root=service.model,
+        max_model_len=service.info.max_model_len,
+    )
+
+
+def _json(value: object) -> Response:
+    return Response(msgspec.json.encode(value), media_type="application/json")
