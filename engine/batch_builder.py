@@ -20,19 +20,17 @@ if TYPE_CHECKING:
 
 
 class BatchBuilder:
-    """Builds ForwardBatch records for one cache and one device."""
+    """Builds ForwardBatch records for one cache, on the host."""
 
     def __init__(
         self,
         cache: CacheManager,
         state: tuple[LayerState, ...],
         max_model_len: int,
-        device: torch.device,
     ) -> None:
         sizes = cache.sizes
         self._cache = cache
         self._state = state
-        self._device = device
         self._table = np.zeros(
             (sizes.num_slots + 1, cache.pages_for(max_model_len)), dtype=np.int32
         )
@@ -72,24 +70,24 @@ class BatchBuilder:
             if work.samples:
                 logit_rows.append(offset + work.rows - 1)
         flat = FlatBatch(
-            positions=self._tensor(positions),
-            row_seq=self._tensor(row_seq),
-            starts=self._tensor(starts),
-            offsets=self._tensor(offsets),
-            slots=self._tensor(slots),
-            pages=self._tensor(pages),
-            kv_rows=self._tensor(kv_rows),
-            ring_rows=self._tensor(ring_rows),
+            positions=torch.from_numpy(positions),
+            row_seq=torch.from_numpy(row_seq),
+            starts=torch.from_numpy(starts),
+            offsets=torch.from_numpy(offsets),
+            slots=torch.from_numpy(slots),
+            pages=torch.from_numpy(pages),
+            kv_rows=torch.from_numpy(kv_rows),
+            ring_rows=torch.from_numpy(ring_rows),
             ring_len=sizes.ring_len,
             max_rows=int(rows.max()),
             max_len=max_len,
             spans=tuple((w.start, w.rows) for w in works),
         )
         return ForwardBatch(
-            token_ids=self._tensor(np.array(tokens, dtype=np.int64)),
+            token_ids=torch.from_numpy(np.array(tokens, dtype=np.int64)),
             flat=flat,
             state=self._state,
-            logit_rows=self._tensor(np.array(logit_rows, dtype=np.int64)),
+            logit_rows=torch.from_numpy(np.array(logit_rows, dtype=np.int64)),
             shared=tuple(shared.tolist()) if (starts < shared).any() else None,
         )
 
@@ -103,6 +101,3 @@ class BatchBuilder:
         if filled < len(pages):
             self._table[slot, filled : len(pages)] = pages[filled:]
             self._filled[slot] = len(pages)
-
-    def _tensor(self, array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array).to(self._device)

@@ -32,6 +32,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     conv_tail_memory: str = "auto"
     """Budget of conv windows stored at page boundaries, out of `memory`: bytes or a share of it;
     auto is 1%. Without a stored one, a window is rebuilt by running a few tokens again."""
+    cuda_graphs: bool = True
+    """On a GPU, replay captured graphs where every sequence advances by one token."""
     threads: int = 0
     """CPU threads of the engine; 0 for all cores."""
     backend: Literal["auto", "reference"] = "auto"

@@ -7,34 +7,22 @@ are added between steps and every step returns the events it produced.
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 
 from ..cache import CacheManager, CacheStorage
 from .batch_builder import BatchBuilder
 from .messages import EngineStats
+from .runner import Model, Runner
 from .sampler import Sampler
 from .scheduler import Scheduler
 
 if TYPE_CHECKING:
-    from ..cache import StateSpec
+    from collections.abc import Callable
+
     from .messages import GenerateRequest, TokenEvent
-    from .models import ForwardBatch
     from .resolve import Limits
-
-
-class Model(Protocol):
-    """What the core needs of a model."""
-
-    @property
-    def state_spec(self) -> StateSpec:
-        """The state it carries."""
-        ...
-
-    def forward(self, batch: ForwardBatch) -> torch.Tensor:
-        """Logits [L, V] of the rows wanted."""
-        ...
 
 
 class EngineCore:
@@ -47,11 +35,18 @@ class EngineCore:
         eos_token_ids: tuple[int, ...],
         device: torch.device,
         prefix_caching: bool = True,
+        graphs: bool = True,
         poison: bool = False,
+        on_progress: Callable[[int, int], None] = lambda _done, _total: None,
     ) -> None:
-        """Allocates the cache. `poison` fills it with NaN (tests)."""
+        """Allocates the cache and prepares the model's steps.
+
+        Args:
+            graphs: replay captured graphs where the device has them.
+            poison: fill the cache with NaN (tests).
+            on_progress: called with (graphs captured, graphs in all).
+        """
         self.limits = limits
-        self._model = model
         self._cache = CacheManager(
             limits.sizes,
             replay_length=model.state_spec.replay_length,
@@ -59,7 +54,8 @@ class EngineCore:
         )
         self._storage = CacheStorage(model.state_spec, limits.sizes, device, poison)
         layers = self._storage.layers
-        self._builder = BatchBuilder(self._cache, layers, limits.max_model_len, device)
+        self._builder = BatchBuilder(self._cache, layers, limits.max_model_len)
+        self._runner = Runner(model, layers, limits, device, graphs=graphs, on_progress=on_progress)
         self._scheduler = Scheduler(
             self._cache, limits.max_batch_tokens, limits.max_model_len, eos_token_ids
         )
@@ -100,7 +96,7 @@ class EngineCore:
         if plan.copies:
             self._storage.apply(plan.copies)
         batch = self._builder.build(plan)
-        logits = self._model.forward(batch)
+        logits = self._runner.forward(batch)
         sampled = self._sampler.sample(logits, plan)
         ran = time.perf_counter()
         events = self._scheduler.commit(plan, sampled)

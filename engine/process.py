@@ -64,9 +64,12 @@ class ProcessClient:
             connected: asyncio.Future[tuple[asyncio.StreamReader, asyncio.StreamWriter]]
             connected = asyncio.get_running_loop().create_future()
             path = folder / "engine.sock"
-            server = await asyncio.start_unix_server(
-                lambda r, w: connected.done() or connected.set_result((r, w)), path
-            )
+
+            def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+                if not connected.done():
+                    connected.set_result((reader, writer))
+
+            server = await asyncio.start_unix_server(accept, path)
             async with server:
                 process = await asyncio.create_subprocess_exec(
                     sys.executable,

@@ -42,6 +42,7 @@ def start_engine(config: EngineConfig) -> tuple[EngineCore, EngineInfo]:
         model.config.eos_token_ids,
         device,
         prefix_caching=config.prefix_caching,
+        graphs=config.cuda_graphs,
     )
     gc.collect()
     # Nothing loaded so far ever becomes garbage; keep the collector from walking it.

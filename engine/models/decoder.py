@@ -64,6 +64,11 @@ class Decoder:
         self.state_spec = StateSpec(tuple(specs), dtype, self._needed[0])
         self._rope = rope_table(c.rope, c.max_positions, device)
 
+    @property
+    def is_capturable(self) -> bool:
+        """See `engine.runner.Model`. Experts are looked up on the host."""
+        return self.config.experts is None
+
     def forward(self, batch: ForwardBatch) -> Tensor:
         """Runs one step: reads and writes state, returns logits [L, vocab] of the wanted rows."""
         flat, ops = batch.flat, self._ops

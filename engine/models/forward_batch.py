@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ...kernels import PADDING, FlatBatch
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from ...cache.specs import LayerState
@@ -29,3 +30,28 @@ class ForwardBatch:
     shared: tuple[int, ...] | None = None
     """Per sequence, the position below which rows are a replay: run again for the conv windows
     alone. None if the step has no such rows."""
+
+    def to(self, device: torch.device) -> ForwardBatch:
+        """The same batch with its tensors on `device`; the state is where it is."""
+        if self.token_ids.device == device:
+            return self
+        return replace(
+            self,
+            token_ids=self.token_ids.to(device),
+            logit_rows=self.logit_rows.to(device),
+            flat=replace(
+                self.flat, **{name: getattr(self.flat, name).to(device) for name in _FLAT_TENSORS}
+            ),
+        )
+
+
+_FLAT_TENSORS = (
+    "positions",
+    "row_seq",
+    "starts",
+    "offsets",
+    "slots",
+    "pages",
+    "kv_rows",
+    "ring_rows",
+)
