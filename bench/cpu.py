@@ -17,7 +17,7 @@ import sys
 import time
 from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from convserve.engine import LLM, SamplingParams
@@ -139,7 +139,7 @@ def _ours(llm: LLM) -> Callable[[Prompts, int], object]:
 def _transformers(folder: Path) -> Callable[[Prompts, int], object]:
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
 
     def generate(prompts: Prompts, tokens: int) -> object:
         ids = torch.tensor(prompts)

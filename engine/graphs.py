@@ -8,7 +8,7 @@ the reserved page and slot, and kernels store nothing for them.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -40,7 +40,7 @@ class DecodeGraph:
         buffers: ForwardBatch,
         staging: ForwardBatch,
         size: int,
-        pool: tuple[int, int] | None,
+        pool: Any,
     ) -> None:
         """
         Args:
@@ -106,7 +106,7 @@ class DecodeGraphs:
         self._sizes = sizes
         self._lengths = lengths
         self._graphs: dict[tuple[int, int], DecodeGraph] = {}
-        pool: tuple[int, int] | None = None
+        pool: Any = None
         with torch.inference_mode():
             for length in lengths:
                 buffers = _buffers(sizes[-1], length, layers, limits, device)

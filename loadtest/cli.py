@@ -21,11 +21,11 @@ from typer.core import TyperGroup
 from . import options as opt
 from .compare import compare_results, compare_servers
 from .html import write_html
+from .limits import parse_gates, parse_limits
 from .plan import Plan
 from .result import read_result, write_csv, write_json, write_jsonl
 from .run import RunError, Settings, probe, run
 from .scenario import read_scenario, shipped_scenarios
-from .slo import parse_gates, parse_limits
 from .sweep import SweepOptions, read_sweep, sweep
 from .terminal import LiveView, print_comparison, print_result, print_sweep
 from .worker import run_loop

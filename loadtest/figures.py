@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from .limits import Limit
     from .records import RequestRecord
-    from .slo import Limit
 
 RATE_BATCHES = 20
 

@@ -16,9 +16,10 @@ import numpy as np
 from . import figures as fig
 from .audit import Audit, audit
 from .histogram import Histogram
+from .limits import parse_gates, parse_limits
 from .prompts import PromptPlan  # noqa: TC001 decoded by type
 from .scenario import Scenario  # noqa: TC001 decoded by type
-from .slo import Verdict, judge, parse_gates, parse_limits
+from .slo import Verdict, judge
 from .stats import mser5, slope_t
 
 if TYPE_CHECKING:

@@ -1,40 +1,16 @@
-"""Limits in one line: `ttft<200ms` for each request, `ttft.p99<200ms` or `error<0.1%` for a run.
-
-Knows the names of figures; knows nothing of how they are measured.
-"""
+"""Gates of a run, judged by its figures: passed, failed, or not to be told from so few samples."""
 
 from __future__ import annotations
 
-import operator
-import re
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import msgspec
 
+from .limits import RATES
+
 if TYPE_CHECKING:
     from .figures import Figures
-
-_LATENCIES = ("ttft", "ttft_service", "e2e", "e2e_service", "tpot", "ntpot", "itl_max", "send_gap")
-_RATES = ("request_rate", "output_token_rate", "prompt_token_rate", "goodput_rate")
-_RATIOS = ("error", "goodput")
-_UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "%": 0.01, "": 1.0}
-_COMPARE = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
-_SHAPE = re.compile(
-    r"\s*([a-z0-9_]+)(?:\.([a-z0-9.]+))?\s*(<=|>=|<|>)\s*([0-9.eE+-]+)\s*(us|ms|s|%|)\s*"
-)
-
-
-class Limit(msgspec.Struct, frozen=True, kw_only=True):
-    """A comparison of one figure with a number (seconds, per second, or a share 0..1)."""
-
-    text: str
-    figure: str
-    statistic: str | None
-    comparison: Literal["<", "<=", ">", ">="]
-    bound: float
-
-    def allows(self, value: float) -> bool:
-        return bool(_COMPARE[self.comparison](value, self.bound))
+    from .limits import Limit
 
 
 class Verdict(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,58 +25,6 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
     note: str = ""
 
 
-def _parse(text: str, field: str) -> Limit:
-    match = _SHAPE.fullmatch(text)
-    if match is None:
-        raise ValueError(f"{field}: {text!r} is not FIGURE[.STATISTIC] < NUMBER[us|ms|s|%]")
-    figure, statistic, comparison, number, unit = match.groups()
-    timed = figure in _LATENCIES or figure == "itl"
-    if timed and unit not in ("us", "ms", "s"):
-        raise ValueError(f"{field}: {text!r} needs a unit: us, ms or s")
-    if not timed and unit not in ("%", ""):
-        raise ValueError(f"{field}: {text!r}: {figure} is not a time")
-    try:
-        bound = float(number) * _UNITS[unit]
-    except ValueError as error:
-        raise ValueError(f"{field}: {text!r}: {number!r} is not a number") from error
-    return Limit(
-        text=text.strip(),
-        figure=figure,
-        statistic=statistic,
-        comparison=comparison,  # pyright: ignore[reportArgumentType] one of four by the pattern
-        bound=bound,
-    )
-
-
-def _split(texts: list[str]) -> list[str]:
-    return [part for text in texts for part in re.split(r"[,\s]+(?=[a-z])", text.strip()) if part]
-
-
-def parse_limits(texts: list[str]) -> list[Limit]:
-    """Per-request limits, for goodput. Raises ValueError."""
-    limits = [_parse(text, "goodput") for text in _split(texts)]
-    for limit in limits:
-        if limit.figure not in _LATENCIES or limit.statistic is not None:
-            raise ValueError(f"goodput: {limit.text!r}: limit one of {', '.join(_LATENCIES)}")
-    return limits
-
-
-def parse_gates(texts: list[str]) -> list[Limit]:
-    """Gates of a whole run. Raises ValueError."""
-    gates = [_parse(text, "slo") for text in _split(texts)]
-    for gate in gates:
-        if gate.figure in _LATENCIES or gate.figure == "itl":
-            if not re.fullmatch(r"mean|max|min|p(50|75|90|95|99|99\.9)", gate.statistic or ""):
-                raise ValueError(
-                    f"slo: {gate.text!r}: give {gate.figure}. mean, min, max, p50, p75, p90, p95, "
-                    "p99 or p99.9"
-                )
-        elif gate.figure not in (*_RATES, *_RATIOS) or gate.statistic is not None:
-            allowed = ", ".join((*_LATENCIES, "itl", *_RATES, *_RATIOS))
-            raise ValueError(f"slo: {gate.text!r}: gate one of {allowed}")
-    return gates
-
-
 def judge(gate: Limit, figures: Figures) -> Verdict:
     """Compares a gate with a run."""
     if gate.figure == "error":
@@ -111,7 +35,7 @@ def judge(gate: Limit, figures: Figures) -> Verdict:
         if share is None:
             return Verdict(gate=gate.text, passed=None, value=None, note="no --goodput limits set")
         return _verdict(gate, share.value, share.low, share.high)
-    if gate.figure in _RATES:
+    if gate.figure in RATES:
         rate = figures.rates.get(gate.figure)
         if rate is None:
             return Verdict(gate=gate.text, passed=None, value=None, note="not measured")

@@ -60,7 +60,7 @@ def logits_of(model: Decoder, tokens: list[int]) -> Tensor:
         arrived_at=0.0,
     )
     work = Work(seq, 0, len(tokens), samples=False, score_rows=len(tokens))
-    builder = BatchBuilder(cache, state, 256, CPU)
+    builder = BatchBuilder(cache, state, 256)
     return model.forward(builder.build(StepPlan((work,), Copies())))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -130,7 +131,7 @@ def test_a_row_is_not_changed_by_its_neighbours() -> None:
 
 def test_penalties() -> None:
     logits = [2.0, 1.9, -1.0, 0.0]
-    greedy = {"temperature": 0.0}
+    greedy: dict[str, Any] = {"temperature": 0.0}
     penalised = SamplingParams(**greedy, repetition_penalty=1.2)
     assert pick(logits, penalised, prompt=[0]) == 1  # prompt tokens count
     assert pick(logits, SamplingParams(**greedy, presence_penalty=0.2), prompt=[0]) == 0

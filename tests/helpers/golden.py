@@ -39,6 +39,6 @@ def tensors(case: dict[str, Any]) -> dict[str, Tensor]:
     }
 
 
-def tolerance(case: dict[str, Any]) -> dict[str, float]:
+def tolerance(case: dict[str, Any]) -> dict[str, Any]:
     """Arguments for `torch.testing.assert_close`."""
     return {"atol": case["tolerance"]["atol"], "rtol": case["tolerance"]["rtol"]}

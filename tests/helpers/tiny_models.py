@@ -102,8 +102,8 @@ def write_model(folder: Path, config: dict[str, Any], seed: int = 0) -> dict[str
     weights: dict[str, Tensor] = {}
 
     def rand(name: str, *shape: int, scale: float | None = None) -> None:
-        scale = shape[-1] ** -0.5 if scale is None else scale
-        weights[name] = torch.randn(*shape, generator=generator) * scale
+        size = shape[-1] ** -0.5 if scale is None else scale
+        weights[name] = torch.randn(*shape, generator=generator) * size
 
     def norm(name: str, width: int) -> None:
         weights[name] = 1 + 0.2 * torch.randn(width, generator=generator)

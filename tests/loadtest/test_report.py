@@ -12,11 +12,11 @@ import pytest
 from convserve.loadtest.audit import audit
 from convserve.loadtest.compare import compare_results
 from convserve.loadtest.html import html_page
+from convserve.loadtest.limits import parse_gates, parse_limits
 from convserve.loadtest.prompts import PromptPlan
 from convserve.loadtest.records import AuditSample, RequestRecord, pack_counts, pack_offsets
 from convserve.loadtest.result import read_result, summarise, write_csv, write_json, write_jsonl
 from convserve.loadtest.scenario import make_scenario
-from convserve.loadtest.slo import parse_gates, parse_limits
 from convserve.loadtest.sweep import Saturation, knee_of
 from convserve.loadtest.terminal import print_comparison, print_result
 from convserve.loadtest.worker import Progress

@@ -43,7 +43,7 @@ class Harness:
         self.cache = CacheManager(sizes)
         storage = CacheStorage(model.state_spec, sizes, CPU, poison=True)
         self.state: tuple[LayerState, ...] = storage.layers
-        self._builder = BatchBuilder(self.cache, self.state, 128, CPU)
+        self._builder = BatchBuilder(self.cache, self.state, 128)
         self._model = model
         # So that slots and pages do not start at the same ids.
         self.cache.admit(SequenceId(99), [0] * 5)

@@ -64,7 +64,7 @@ class Bench:
         sizes = CacheSizes(64, 2, 3, spec.ring_len(), num_tails)
         self.cache = CacheManager(sizes, replay_length=spec.replay_length)
         self.storage = CacheStorage(spec, sizes, CPU, poison=True)
-        self.builder = BatchBuilder(self.cache, self.storage.layers, 256, CPU)
+        self.builder = BatchBuilder(self.cache, self.storage.layers, 256)
 
     def run(self, seq: Sequence, chunk: int, last: int | None = None) -> Tensor:
         """The rest of a sequence in chunks; logits of its rows, or of its `last` ones alone."""
