@@ -54,7 +54,7 @@ class Sampler:
         if rows:
             chosen = logits if len(rows) == len(logits) else logits[rows]
             seqs = [plan.works[i].seq for i in who]
-            for i, result in zip(who, self._choose(chosen.float(), seqs), strict=True):
+            for i, result in zip(who, self._choose(chosen, seqs), strict=True):
                 results[i] = result
         for i, entries in scored.items():
             r = results[i]
@@ -62,23 +62,24 @@ class Sampler:
         return results
 
     def _choose(self, raw: Tensor, seqs: Rows[Sequence]) -> list[Sampled]:
-        """raw [N, V] float32, one row per sequence."""
+        """raw [N, V], one row per sequence, in the dtype the model computes in."""
         logits = raw
         if any(_adjusts(s, self._eos) for s in seqs):
-            logits = raw.clone()
+            logits = raw.to(torch.float32, copy=True)
             for row, seq in enumerate(seqs):
                 if _adjusts(seq, self._eos):
                     _adjust(logits[row], seq, self._eos)
         best, tokens = logits.max(dim=-1)
-        broken = (~torch.isfinite(best)).tolist()
-        drawn = [i for i, s in enumerate(seqs) if s.params.temperature > 0 and not broken[i]]
+        drawn = [i for i, s in enumerate(seqs) if s.params.temperature > 0]
         if drawn:
-            tokens[drawn] = _draw(logits[drawn], [seqs[i] for i in drawn])
-        ids = tokens.tolist()
-        reports = _logprobs(raw, ids, seqs)
+            rows = logits if len(drawn) == len(seqs) else logits[drawn]
+            tokens[drawn] = _draw(rows.float(), [seqs[i] for i in drawn])
+        # One transfer from the device: the tokens, and -1 where the logits were not finite.
+        ids: list[int] = torch.where(torch.isfinite(best), tokens, -1).tolist()
+        reports = _logprobs(raw, [max(token, 0) for token in ids], seqs)
         return [
-            Sampled(is_broken=True) if broken[i] else Sampled(ids[i], reports.get(i))
-            for i in range(len(seqs))
+            Sampled(is_broken=True) if token < 0 else Sampled(token, reports.get(i))
+            for i, token in enumerate(ids)
         ]
 
 
@@ -205,7 +206,7 @@ def _logprobs(raw: Tensor, ids: list[int], seqs: Rows[Sequence]) -> dict[int, Lo
     if not rows:
         return {}
     wanted = [seqs[i].params.logprobs or 0 for i in rows]
-    reports = _report(raw[rows].log_softmax(-1), [ids[i] for i in rows], max(wanted))
+    reports = _report(raw[rows].float().log_softmax(-1), [ids[i] for i in rows], max(wanted))
     return {
         i: Logprobs(r.token_id, r.logprob, r.rank, r.top[:k])
         for i, r, k in zip(rows, reports, wanted, strict=True)

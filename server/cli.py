@@ -77,6 +77,9 @@ def serve(
             help="Conv windows kept for shared prompts: bytes, a share of --memory, auto."
         ),
     ] = _ENGINE.conv_tail_memory,
+    cuda_graphs: Annotated[
+        bool, typer.Option(help="Replay captured graphs on a GPU.")
+    ] = _ENGINE.cuda_graphs,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: all.")] = _ENGINE.threads,
     backend: Annotated[Backend, typer.Option(help="Kernels.")] = _ENGINE.backend,
     served_model_name: Annotated[
@@ -140,6 +143,7 @@ def serve(
         page_size=page_size,
         prefix_caching=prefix_caching,
         conv_tail_memory=conv_tail_memory,
+        cuda_graphs=cuda_graphs,
         threads=threads,
         backend=backend,
         progress=sys.stderr.isatty(),
