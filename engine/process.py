@@ -7,6 +7,7 @@ pickle anywhere. This module does not import torch.
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
 import sys
 import tempfile
@@ -77,6 +78,8 @@ class ProcessClient:
                     f"{__package__}.worker",
                     str(path),
                     stdin=asyncio.subprocess.DEVNULL,
+                    # OpenMP threads that spin between operations take cores from this process.
+                    env={"GOMP_SPINCOUNT": "0", **os.environ},
                 )
                 try:
                     return await cls._join(process, connected, config)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from .backend import select_ops
 from .batch import PADDING, FlatBatch
+from .blocks import AttentionParts, Convolved, MLPParts
 from .filters import ConvFilter, Stream
 from .ops import Ops, PackedLinear, QKNorm
 
 __all__ = [
     "PADDING",
+    "AttentionParts",
     "ConvFilter",
+    "Convolved",
     "FlatBatch",
+    "MLPParts",
     "Ops",
     "PackedLinear",
     "QKNorm",

@@ -17,10 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import reference_attention, reference_conv
+from . import blocks, reference_attention, reference_conv
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from .batch import FlatBatch
+    from .blocks import AttentionParts, MLPParts
     from .filters import ConvFilter
 
 
@@ -64,9 +67,13 @@ class Ops:
         """x [T, in] -> [T, out]."""
         return F.linear(x, packed.weight, packed.bias)
 
-    def embed(self, token_ids: Tensor, table: Tensor) -> Tensor:
-        """token_ids [T] int64, table [V, H] -> [T, H]."""
-        return F.embedding(token_ids, table)
+    def pack_tied(self, table: Tensor) -> tuple[Tensor | PackedLinear, PackedLinear]:
+        """For tied weights [V, H]: what `embed` reads and what `linear` multiplies by."""
+        return table, self.pack_linear(table, None)
+
+    def embed(self, token_ids: Tensor, table: Tensor | PackedLinear) -> Tensor:
+        """token_ids [T] int64, table [V, H] (or as `pack_tied` gave it) -> [T, H]."""
+        return F.embedding(token_ids, table.weight if isinstance(table, PackedLinear) else table)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """x / sqrt(mean(x^2) + eps) * weight over the last axis. x [..., H], weight [H]."""
@@ -190,6 +197,37 @@ class Ops:
             gate_up = self.conv(gate_up, z, filters, ring, batch)
         gate, up = gate_up.chunk(2, dim=1)
         return (F.silu(widen(gate)) * up).to(gate_up.dtype)
+
+    def attention_block(
+        self,
+        parts: AttentionParts,
+        x: Tensor,
+        residual: Tensor,
+        norm: Tensor,
+        eps: float,
+        rope: Tensor,
+        k_pages: Tensor,
+        v_pages: Tensor,
+        rings: Mapping[str, Tensor],
+        batch: FlatBatch,
+    ) -> tuple[Tensor, Tensor]:
+        """A whole attention block: the chain of ops in `blocks.attention_block`."""
+        return blocks.attention_block(
+            self, parts, x, residual, norm, eps, rope, k_pages, v_pages, rings, batch
+        )
+
+    def mlp_block(
+        self,
+        parts: MLPParts,
+        x: Tensor,
+        residual: Tensor,
+        norm: Tensor,
+        eps: float,
+        rings: Mapping[str, Tensor],
+        batch: FlatBatch,
+    ) -> tuple[Tensor, Tensor]:
+        """A whole gated MLP block: the chain of ops in `blocks.mlp_block`."""
+        return blocks.mlp_block(self, parts, x, residual, norm, eps, rings, batch)
 
     def moe(
         self,

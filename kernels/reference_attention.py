@@ -106,6 +106,7 @@ def _chunk(
         seen = position <= row
         if window is not None:
             seen &= position > row - window
+            v = torch.where((position > start - window)[:, None], v, 0)
         out = F.scaled_dot_product_attention(queries, k, v, seen, scale=scale, enable_gqa=True)
     return out[0].transpose(0, 1)
 

@@ -41,7 +41,6 @@ class Decoder:
         self._ops = ops
         c = config
         table = reader.take("model.embed_tokens.weight", (c.vocab_size, c.hidden_size))
-        self._table = table
         self._layers: list[tuple[AttentionBlock, MLPBlock | ExpertsBlock]] = []
         self._norms: list[Norm] = []
         specs: list[LayerSpec] = []
@@ -57,8 +56,9 @@ class Decoder:
         if c.tied_embeddings:
             if head in reader:
                 reader.skip(head)
-            self._head = ops.pack_linear(table, None)
+            self._table, self._head = ops.pack_tied(table)
         else:
+            self._table = table
             self._head = ops.pack_linear(reader.take(head, (c.vocab_size, c.hidden_size)), None)
         self._needed = tokens_needed(c)
         self.state_spec = StateSpec(tuple(specs), dtype, self._needed[0])

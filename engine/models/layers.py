@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ...kernels import QKNorm
+from ...kernels import AttentionParts, Convolved, MLPParts, QKNorm
 from .conv_site import ConvSite, Member, load_site
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ...cache.specs import ConvSpec, LayerState
-    from ...kernels import ConvFilter, FlatBatch, Ops, PackedLinear
+    from ...kernels import FlatBatch, Ops, PackedLinear
     from .checkpoint import CheckpointReader
     from .config import ModelConfig
 
@@ -31,19 +31,6 @@ class Norm:
 
     weight: Tensor
     eps: float
-
-
-@dataclass(frozen=True)
-class Convolved:
-    """The convolution after a linear layer, as a block applies it."""
-
-    filters: ConvFilter | None
-    z: slice
-    """Columns of the generating linear's output that hold z."""
-
-    def code(self, out: Tensor) -> Tensor | None:
-        """The z columns of `out`, or None for static filters."""
-        return None if self.z.start == self.z.stop else out[:, self.z]
 
 
 class AttentionBlock:
@@ -62,14 +49,18 @@ class AttentionBlock:
         window: int | None,
     ) -> None:
         self._ops = ops
-        self._width = config.q_width + 2 * config.kv_width
-        self._hidden = config.hidden_size
-        self._scale = config.head_dim**-0.5
-        self._qkv, self._qkv_conv = qkv, qkv_conv
-        self._o, self._o_conv = o, o_conv
-        self._o_code_from_input = o_code_from_input
-        self._qk_norm = qk_norm
-        self._window = window
+        self._parts = AttentionParts(
+            qkv,
+            qkv_conv,
+            o,
+            o_conv,
+            o_code_from_input,
+            config.num_heads,
+            config.num_kv_heads,
+            config.head_dim,
+            qk_norm,
+            window,
+        )
 
     def __call__(
         self,
@@ -81,31 +72,18 @@ class AttentionBlock:
         batch: FlatBatch,
     ) -> tuple[Tensor, Tensor]:
         """x, residual [T, hidden] -> (input of the next block, residual)."""
-        ops = self._ops
         assert state.k_pages is not None
         assert state.v_pages is not None
-        out = ops.linear(x, self._qkv)
-        q = ops.qkv_rope_write(
-            out[:, : self._width],
-            self._qkv_conv.code(out),
-            self._qkv_conv.filters,
-            state.rings.get("qkv"),
-            self._qk_norm,
-            rope,
-            state.k_pages,
-            state.v_pages,
-            batch,
-        )
-        attended = ops.attention(q, state.k_pages, state.v_pages, batch, self._scale, self._window)
-        y = ops.linear(attended, self._o)
-        return ops.conv_add_rms_norm(
-            y[:, : self._hidden],
-            self._o_conv.code(out if self._o_code_from_input else y),
-            self._o_conv.filters,
-            state.rings.get("o"),
+        return self._ops.attention_block(
+            self._parts,
+            x,
             residual,
             next_norm.weight,
             next_norm.eps,
+            rope,
+            state.k_pages,
+            state.v_pages,
+            state.rings,
             batch,
         )
 
@@ -124,35 +102,21 @@ class MLPBlock:
         down_code_from_input: bool,
     ) -> None:
         self._ops = ops
-        self._width = 2 * config.intermediate_size
-        self._hidden = config.hidden_size
-        self._gate_up, self._gate_up_conv = gate_up, gate_up_conv
-        self._down, self._down_conv = down, down_conv
-        self._down_code_from_input = down_code_from_input
+        self._parts = MLPParts(
+            gate_up,
+            gate_up_conv,
+            down,
+            down_conv,
+            down_code_from_input,
+            config.intermediate_size,
+        )
 
     def __call__(
         self, x: Tensor, residual: Tensor, next_norm: Norm, state: LayerState, batch: FlatBatch
     ) -> tuple[Tensor, Tensor]:
         """x, residual [T, hidden] -> (input of the next block, residual)."""
-        ops = self._ops
-        out = ops.linear(x, self._gate_up)
-        hidden = ops.conv_silu_mul(
-            out[:, : self._width],
-            self._gate_up_conv.code(out),
-            self._gate_up_conv.filters,
-            state.rings.get("gate_up"),
-            batch,
-        )
-        y = ops.linear(hidden, self._down)
-        return ops.conv_add_rms_norm(
-            y[:, : self._hidden],
-            self._down_conv.code(out if self._down_code_from_input else y),
-            self._down_conv.filters,
-            state.rings.get("down"),
-            residual,
-            next_norm.weight,
-            next_norm.eps,
-            batch,
+        return self._ops.mlp_block(
+            self._parts, x, residual, next_norm.weight, next_norm.eps, state.rings, batch
         )
 
 
