@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,6 +47,7 @@ def start_engine(config: EngineConfig) -> tuple[EngineCore, EngineInfo]:
         graphs=config.cuda_graphs,
     )
     gc.collect()
+    _trim_heap()
     # Nothing loaded so far ever becomes garbage; keep the collector from walking it.
     gc.freeze()
     sizes, spec = limits.sizes, model.state_spec
@@ -98,6 +101,13 @@ def _load(config: EngineConfig, folder: Path, device: torch.device) -> Decoder:
             bar.update(task, completed=done * dtype.itemsize, total=total * dtype.itemsize)
 
         return load_model(folder, dtype, device, config.backend, advance)
+
+
+def _trim_heap() -> None:
+    """Gives back what loading has freed; glibc keeps the holes between packed weights otherwise."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
 
 
 def _device_name(device: torch.device) -> str:
