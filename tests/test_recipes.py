@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from types import ModuleType
+from typing import TYPE_CHECKING
 
 import pytest
 from convserve.engine import LLM
 from golden import GOLDEN
+
+if TYPE_CHECKING:
+    from types import ModuleType
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 

@@ -1,0 +1,30 @@
+"""Which implementation of the ops a device gets: decided once, when a model is built."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from .native_ops import cpu_ops
+from .ops import Ops
+
+if TYPE_CHECKING:
+    import torch
+
+Backend = Literal["auto", "reference", "triton"]
+
+
+def select_ops(device: torch.device, backend: Backend = "auto") -> Ops:
+    """The ops for `device`; `backend` forces one (tests, debugging).
+
+    "auto" is Triton on a CUDA device, the CPU's own ops on a CPU and the reference elsewhere.
+    "triton" on a CPU works under Triton's interpreter only (`TRITON_INTERPRET=1` before Triton is
+    first imported).
+    """
+    if backend == "auto" and device.type == "cpu":
+        return cpu_ops()
+    if backend == "reference" or (backend == "auto" and device.type != "cuda"):
+        return Ops()
+    # Imported only where it runs: Triton exists for Linux alone.
+    from .triton_ops import TritonOps
+
+    return TritonOps()

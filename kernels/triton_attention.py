@@ -1,0 +1,216 @@
+# Triton's kernel language is not Python's: constexpr arguments, launch options, static ranges.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportOperatorIssue=false, reportReturnType=false, reportAssignmentType=false
+"""Paged attention: split-KV for short runs, and the choice between it and the chunk kernel.
+
+One program takes one kv head of one sequence over one part of its context, with all query rows
+and all query heads of the group as one tile, so each key and value is read once. The number of
+parts is fixed by shapes (a captured graph cannot know lengths); how long a part is, each sequence
+works out on the device. Partial results are combined in a fixed order: results repeat bitwise.
+
+Knows nothing of how pages were filled; pages are [pages, kv heads, page_size, head_dim].
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import triton_chunk_attention, tuning
+from .triton_chunk_attention import attend, load_keys
+
+if TYPE_CHECKING:
+    from .batch import FlatBatch
+
+LOG2_E = 1.4426950408889634
+
+
+@triton.jit
+def _part(start, rows, split, WINDOW: tl.constexpr, N: tl.constexpr, SPLITS: tl.constexpr):
+    """Split's part of the positions that `rows` rows at `start` see -> (begin, stop, parts)."""
+    end = start + rows
+    first = tl.maximum(start - WINDOW + 1, 0) // N * N if WINDOW > 0 else 0
+    length = tl.maximum((end - first + N * SPLITS - 1) // (N * SPLITS), 1) * N
+    begin = first + split * length
+    return begin, tl.minimum(begin + length, end), (end - first + length - 1) // length
+
+
+@triton.jit
+def _split_kernel(
+    q,
+    k_pages,
+    v_pages,
+    k_page_stride,
+    k_head_stride,
+    v_page_stride,
+    v_head_stride,
+    table,
+    table_stride,
+    starts,
+    offsets,
+    out,
+    partial,
+    partial_lse,
+    scale,
+    Q_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    PAGE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    ROWS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    DP: tl.constexpr,
+):
+    split = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    seq = tl.program_id(2)
+    first_row = tl.load(offsets + seq)
+    rows = tl.load(offsets + seq + 1) - first_row
+    start = tl.load(starts + seq)
+    if (rows > 0) & (rows <= ROWS):
+        begin, stop, _parts = _part(start, rows, split, WINDOW, N, SPLITS)
+        if begin < stop:
+            m = tl.arange(0, M)
+            d = tl.arange(0, DP)
+            row = m // GROUP
+            head = kv_head * GROUP + m % GROUP
+            keep = row < rows
+            place = ((first_row + row).to(tl.int64) * Q_HEADS + head)[:, None] * D + d[None, :]
+            mask = keep[:, None] & (d < D)[None, :]
+            queries = tl.load(q + place, mask=mask, other=0.0)
+            position = start + row
+            total = tl.zeros((M,), tl.float32)
+            peak = tl.full((M,), float("-inf"), tl.float32)
+            value = tl.zeros((M, DP), tl.float32)
+            k_head = k_pages + kv_head.to(tl.int64) * k_head_stride
+            v_head = v_pages + kv_head.to(tl.int64) * v_head_stride
+            pages = table + seq.to(tl.int64) * table_stride
+            for at in range(begin, stop, N):
+                seen = at + tl.arange(0, N)
+                k, v = load_keys(
+                    k_head, v_head, k_page_stride, v_page_stride, pages, seen, stop, D, PAGE, DP
+                )
+                total, peak, value = attend(
+                    queries, k, v, position, seen, stop, scale, total, peak, value, WINDOW, True
+                )
+            # A row may see no key of this part: weightless, and not 0 / 0.
+            blind = total == 0.0
+            total = tl.where(blind, 1.0, total)
+            value = value / total[:, None]
+            if SPLITS == 1:
+                tl.store(out + place, value.to(out.dtype.element_ty), mask=mask)
+            else:
+                slot = ((seq * ROWS + row).to(tl.int64) * Q_HEADS + head) * SPLITS + split
+                tl.store(partial + slot[:, None] * D + d[None, :], value, mask=mask)
+                lse = tl.where(blind, float("-inf"), peak + tl.log2(total))
+                tl.store(partial_lse + slot, lse, mask=keep)
+
+
+@triton.jit
+def _combine_kernel(
+    partial,
+    partial_lse,
+    starts,
+    offsets,
+    out,
+    Q_HEADS: tl.constexpr,
+    D: tl.constexpr,
+    WINDOW: tl.constexpr,
+    ROWS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    N: tl.constexpr,
+    SP: tl.constexpr,
+    DP: tl.constexpr,
+):
+    seq = tl.program_id(0) // ROWS
+    row = tl.program_id(0) % ROWS
+    head = tl.program_id(1)
+    first_row = tl.load(offsets + seq)
+    rows = tl.load(offsets + seq + 1) - first_row
+    start = tl.load(starts + seq)
+    _begin, _stop, parts = _part(start, rows, 0, WINDOW, N, SPLITS)
+    d = tl.arange(0, DP)
+    split = tl.arange(0, SP)
+    keep = split < tl.where((row < rows) & (rows <= ROWS), parts, 0)
+    slot = (tl.program_id(0).to(tl.int64) * Q_HEADS + head) * SPLITS + split
+    lse = tl.load(partial_lse + slot, mask=keep, other=float("-inf"))
+    mask = keep[:, None] & (d < D)[None, :]
+    value = tl.load(partial + slot[:, None] * D + d[None, :], mask=mask, other=0.0)
+    if (row < rows) & (rows <= ROWS):
+        weight = tl.exp2(lse - tl.max(lse, axis=0))
+        mean = tl.sum(value * weight[:, None], axis=0) / tl.sum(weight, axis=0)
+        place = ((first_row + row).to(tl.int64) * Q_HEADS + head) * D + d
+        tl.store(out + place, mean.to(out.dtype.element_ty), mask=d < D)
+
+
+def attention(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    batch: FlatBatch,
+    scale: float,
+    window: int | None,
+    tile: tuning.SplitTile | None = None,
+) -> Tensor:
+    """See `Ops.attention`.
+
+    Sequences with few rows go to the split kernel, the others to the chunk kernel; a step that may
+    hold both launches both, and each leaves the other's sequences alone.
+    """
+    q = q if q.is_contiguous() else q.contiguous()
+    out = torch.empty((len(q), q.shape[1] * q.shape[2]), dtype=q.dtype, device=q.device)
+    group = q.shape[1] // k_pages.shape[1]
+    short = max(1, min(tuning.SHORT_RUN, 64 // group))
+    rows = batch.max_rows if batch.max_rows <= short else 1
+    split(q, k_pages, v_pages, batch, scale, window, out, rows, tile)
+    if batch.max_rows > short:
+        triton_chunk_attention.chunk(q, k_pages, v_pages, batch, scale, window, out, above=rows)
+    return out
+
+
+def split(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    batch: FlatBatch,
+    scale: float,
+    window: int | None,
+    out: Tensor,
+    rows: int,
+    tile: tuning.SplitTile | None = None,
+) -> None:
+    """Attention of all sequences with at most `rows` rows, written to out [T, Hq * d]."""
+    _, q_heads, head_dim = q.shape
+    _, kv_heads, page_size, _ = k_pages.shape
+    seqs = len(batch.starts)
+    tile = tile or tuning.split_tile(seqs * kv_heads, batch.max_len)
+    splits = tile.splits
+    padded = max(16, triton.next_power_of_2(head_dim))
+    partial = lse = out
+    if splits > 1:
+        shape = (seqs, rows, q_heads, splits)
+        partial = torch.empty((*shape, head_dim), dtype=torch.float32, device=q.device)
+        lse = torch.empty(shape, dtype=torch.float32, device=q.device)
+    group = q_heads // kv_heads
+    shape = {
+        "Q_HEADS": q_heads, "D": head_dim, "WINDOW": window or 0, "ROWS": rows, "SPLITS": splits,
+        "N": tile.keys, "DP": padded,
+    }  # fmt: skip
+    _split_kernel[(splits, kv_heads, seqs)](
+        q, k_pages, v_pages, k_pages.stride(0), k_pages.stride(1), v_pages.stride(0),
+        v_pages.stride(1), batch.pages, batch.pages.stride(0), batch.starts, batch.offsets,
+        out, partial, lse, scale * LOG2_E, GROUP=group, PAGE=page_size,
+        M=max(16, triton.next_power_of_2(rows * group)), **shape,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    if splits > 1:
+        _combine_kernel[(seqs * rows, q_heads)](
+            partial, lse, batch.starts, batch.offsets, out, SP=triton.next_power_of_2(splits),
+            **shape, num_warps=2,
+        )  # fmt: skip

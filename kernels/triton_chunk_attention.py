@@ -1,0 +1,186 @@
+# Triton's kernel language is not Python's: constexpr arguments, launch options, static ranges.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportOperatorIssue=false, reportReturnType=false, reportAssignmentType=false
+"""Paged attention for long runs of rows: a tile of query rows against all the keys they see.
+
+Also the tile step (load keys and values through the page table, one online-softmax update) that
+the split kernel shares. Knows nothing of batches beyond their row ranges.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import triton
+import triton.language as tl
+
+from . import tuning
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .batch import FlatBatch
+
+LOG2_E = 1.4426950408889634
+
+
+@triton.jit
+def load_keys(
+    k_head,
+    v_head,
+    k_page_stride,
+    v_page_stride,
+    pages,
+    seen,
+    stop,
+    D: tl.constexpr,
+    PAGE: tl.constexpr,
+    DP: tl.constexpr,
+):
+    """Keys and values at positions `seen` [N], zero from `stop` on -> two tiles [N, DP]."""
+    d = tl.arange(0, DP)
+    page = tl.load(pages + seen // PAGE, mask=seen < stop, other=0).to(tl.int64)
+    inside = ((seen % PAGE) * D)[:, None] + d[None, :]
+    # Pages may hold anything past a sequence's end, NaN too: never load it.
+    mask = (seen < stop)[:, None] & (d < D)[None, :]
+    k = tl.load(k_head + (page * k_page_stride)[:, None] + inside, mask=mask, other=0.0)
+    v = tl.load(v_head + (page * v_page_stride)[:, None] + inside, mask=mask, other=0.0)
+    return k, v
+
+
+@triton.jit
+def attend(
+    queries,
+    k,
+    v,
+    position,
+    seen,
+    stop,
+    scale,
+    total,
+    peak,
+    value,
+    WINDOW: tl.constexpr,
+    MASK: tl.constexpr,
+):
+    """One online-softmax update, base 2 -> (total, peak, value).
+
+    MASK: some of the keys may be out of a row's sight.
+    """
+    score = tl.dot(queries, tl.trans(k), input_precision="ieee") * scale
+    if MASK:
+        visible = (seen[None, :] <= position[:, None]) & (seen < stop)[None, :]
+        if WINDOW > 0:
+            visible &= seen[None, :] > position[:, None] - WINDOW
+        score = tl.where(visible, score, float("-inf"))
+    higher = tl.maximum(peak, tl.max(score, axis=1))
+    # A row that has seen nothing yet: any finite base keeps its weights at zero.
+    base = tl.where(higher == float("-inf"), 0.0, higher)
+    weight = tl.exp2(score - base[:, None])
+    fade = tl.exp2(peak - base)
+    total = total * fade + tl.sum(weight, axis=1)
+    value = tl.dot(weight.to(v.dtype), v, acc=value * fade[:, None], input_precision="ieee")
+    return total, higher, value
+
+
+@triton.jit
+def _chunk_kernel(
+    q,
+    k_pages,
+    v_pages,
+    k_page_stride,
+    k_head_stride,
+    v_page_stride,
+    v_head_stride,
+    table,
+    table_stride,
+    starts,
+    offsets,
+    out,
+    scale,
+    Q_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    PAGE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    ABOVE: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    DP: tl.constexpr,
+):
+    # Last tiles first: they see the most keys.
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    head = tl.program_id(1)
+    seq = tl.program_id(2)
+    first_row = tl.load(offsets + seq)
+    rows = tl.load(offsets + seq + 1) - first_row
+    if (rows > ABOVE) & (tile * M < rows):
+        start = tl.load(starts + seq)
+        m = tile * M + tl.arange(0, M)
+        d = tl.arange(0, DP)
+        place = ((first_row + m).to(tl.int64) * Q_HEADS + head)[:, None] * D + d[None, :]
+        mask = (m < rows)[:, None] & (d < D)[None, :]
+        queries = tl.load(q + place, mask=mask, other=0.0)
+        position = start + m
+        total = tl.zeros((M,), tl.float32)
+        peak = tl.full((M,), float("-inf"), tl.float32)
+        value = tl.zeros((M, DP), tl.float32)
+        kv_head = (head // GROUP).to(tl.int64)
+        k_head = k_pages + kv_head * k_head_stride
+        v_head = v_pages + kv_head * v_head_stride
+        pages = table + seq.to(tl.int64) * table_stride
+
+        top = start + tile * M
+        stop = start + tl.minimum(tile * M + M, rows)
+        begin = 0
+        full = 0
+        if WINDOW > 0:
+            begin = tl.maximum(top - WINDOW + 1, 0) // N * N
+            full = begin
+        else:
+            # Tiles of keys that every row sees need no mask.
+            full = (top + 1) // N * N
+        for at in range(begin, full, N):
+            seen = at + tl.arange(0, N)
+            k, v = load_keys(
+                k_head, v_head, k_page_stride, v_page_stride, pages, seen, stop, D, PAGE, DP
+            )
+            total, peak, value = attend(
+                queries, k, v, position, seen, stop, scale, total, peak, value, WINDOW, False
+            )
+        for at in range(full, stop, N):
+            seen = at + tl.arange(0, N)
+            k, v = load_keys(
+                k_head, v_head, k_page_stride, v_page_stride, pages, seen, stop, D, PAGE, DP
+            )
+            total, peak, value = attend(
+                queries, k, v, position, seen, stop, scale, total, peak, value, WINDOW, True
+            )
+        # Rows past the run's end may have seen no key: not 0 / 0.
+        value = value / tl.where(total == 0.0, 1.0, total)[:, None]
+        tl.store(out + place, value.to(out.dtype.element_ty), mask=mask)
+
+
+def chunk(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    batch: FlatBatch,
+    scale: float,
+    window: int | None,
+    out: Tensor,
+    above: int,
+    tile: tuning.ChunkTile | None = None,
+) -> None:
+    """Attention of all sequences with more than `above` rows, written to out [T, Hq * d]."""
+    _, q_heads, head_dim = q.shape
+    _, kv_heads, page_size, _ = k_pages.shape
+    tile = tile or tuning.chunk_tile(q.element_size())
+    grid = (triton.cdiv(batch.max_rows, tile.rows), q_heads, len(batch.starts))
+    _chunk_kernel[grid](
+        q, k_pages, v_pages, k_pages.stride(0), k_pages.stride(1), v_pages.stride(0),
+        v_pages.stride(1), batch.pages, batch.pages.stride(0), batch.starts, batch.offsets,
+        out, scale * LOG2_E, Q_HEADS=q_heads, GROUP=q_heads // kv_heads, D=head_dim,
+        PAGE=page_size, WINDOW=window or 0, ABOVE=above, M=tile.rows, N=tile.keys,
+        DP=max(16, triton.next_power_of_2(head_dim)), num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip

@@ -1,0 +1,356 @@
+# Triton's kernel language is not Python's: constexpr arguments, launch options, static ranges.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportOperatorIssue=false, reportReturnType=false, reportAssignmentType=false
+"""q, k and v in one launch: convolution, per-head QK-norm, RoPE, the store into KV pages and ring.
+
+A tile is some rows x one head, held as two halves [M, N]: the channels that RoPE turns against
+each other meet in one thread. Channels past the rotary ones ride along as pairs with angle zero.
+
+Knows nothing of attention; pages are [pages, kv heads, page_size, head_dim].
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import triton_conv, tuning
+from .triton_filters import (
+    convolve,
+    group_size,
+    load_code,
+    load_weights,
+    load_window,
+    locate_rows,
+    swap_columns,
+    swap_rows,
+)
+from .triton_norm import norm_qk
+
+if TYPE_CHECKING:
+    from .batch import FlatBatch
+    from .filters import ConvFilter
+    from .ops import QKNorm
+
+
+@triton.jit(do_not_specialize=["count"])
+def _qkv_kernel(
+    x,
+    x_stride,
+    z,
+    z_stride,
+    up,
+    static,
+    bias,
+    ring,
+    ring_stride,
+    norm_q,
+    norm_k,
+    rope,
+    q_out,
+    k_pages,
+    v_pages,
+    k_page_stride,
+    k_head_stride,
+    v_page_stride,
+    v_head_stride,
+    positions,
+    row_seq,
+    starts,
+    slots,
+    ring_rows,
+    kv_rows,
+    count,
+    PARTS: tl.constexpr,
+    Q_HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    ROTARY: tl.constexpr,
+    PAGE: tl.constexpr,
+    D: tl.constexpr,
+    W: tl.constexpr,
+    R: tl.constexpr,
+    HEAD: tl.constexpr,
+    KIND: tl.constexpr,
+    GENERATE: tl.constexpr,
+    BIAS: tl.constexpr,
+    SCALE: tl.constexpr,
+    SILU: tl.constexpr,
+    NORM: tl.constexpr,
+    EPS: tl.constexpr,
+    RING: tl.constexpr,
+    MODE: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    REPEAT: tl.constexpr,
+):
+    HALF: tl.constexpr = (HEAD_DIM + 1) // 2
+    TURN: tl.constexpr = ROTARY // 2
+    BLOCKS: tl.constexpr = (HALF + N - 1) // N
+    head = tl.program_id(0) // BLOCKS
+    is_q = head < Q_HEADS
+    is_v = head >= Q_HEADS + KV_HEADS
+    # Everything of the part (q, k or v) that the head belongs to: (covered channel or -1, z
+    # column, channels of its stream before it).
+    base = tl.where(is_q, PARTS[0][0], tl.where(is_v, PARTS[2][0], PARTS[1][0]))
+    z_start = tl.where(is_q, PARTS[0][1], tl.where(is_v, PARTS[2][1], PARTS[1][1]))
+    before = tl.where(is_q, PARTS[0][2], tl.where(is_v, PARTS[2][2], PARTS[1][2]))
+    covered = base >= 0
+    part_head = head - tl.where(is_q, 0, tl.where(is_v, Q_HEADS + KV_HEADS, Q_HEADS))
+
+    first_pair = (tl.program_id(0) % BLOCKS) * N
+    pair = first_pair + tl.arange(0, N)
+    low, high = _halves(pair, HEAD_DIM, ROTARY)
+    low_valid = pair < HALF
+    high_valid = low_valid & (high < HEAD_DIM)
+    turned = (pair < TURN) & (head + 0 * pair < Q_HEADS + KV_HEADS)
+    low_convolved = low_valid & (base + 0 * pair >= 0)
+    high_convolved = high_valid & (base + 0 * pair >= 0)
+
+    offset = tl.maximum(base, 0) + part_head * HEAD_DIM
+    if KIND != "none":
+        low_order = low
+        high_order = high
+        low_keep = low_convolved
+        high_keep = high_convolved
+        if GENERATE == "swap":
+            swapped = first_pair + swap_columns(N)
+            low_order, high_order = _halves(swapped, HEAD_DIM, ROTARY)
+            low_keep = (swapped < HALF) & (base + 0 * pair >= 0)
+            high_keep = low_keep & (high_order < HEAD_DIM)
+        low_weights = load_weights(
+            up, static, bias, offset + low, low_convolved, offset + low_order, low_keep,
+            D, W, R, KIND, GENERATE, BIAS, M, N,
+        )  # fmt: skip
+        high_weights = load_weights(
+            up, static, bias, offset + high, high_convolved, offset + high_order, high_keep,
+            D, W, R, KIND, GENERATE, BIAS, M, N,
+        )  # fmt: skip
+    meta = (positions, row_seq, starts, slots, ring_rows)
+    for i in range(REPEAT):
+        first_row = (tl.program_id(1) * REPEAT + i) * M
+        row = first_row + tl.arange(0, M)
+        keep = row < count
+        kv_row = tl.load(kv_rows + row, mask=keep, other=-1)
+        if KIND == "none":
+            line = x + row[:, None].to(tl.int64) * x_stride + head * HEAD_DIM
+            low_mask = keep[:, None] & low_valid[None, :]
+            a = tl.load(line + low[None, :], mask=low_mask, other=0.0).to(tl.float32)
+            high_mask = keep[:, None] & high_valid[None, :]
+            b = tl.load(line + high[None, :], mask=high_mask, other=0.0).to(tl.float32)
+        else:
+            keep, spot, ring_row = locate_rows(row, first_row, count, meta, W, RING, MODE, M)
+            code_row = row
+            if GENERATE == "swap":
+                code_row = first_row + swap_rows(M)
+            use = (code_row < count) & (base + 0 * row >= 0)
+            low_code = load_code(
+                z, z_stride, code_row, use, z_start,
+                before + part_head * HEAD_DIM + first_pair,
+                before + part_head * HEAD_DIM + low,
+                low_valid, W, R, HEAD, KIND, GENERATE, N,
+            )  # fmt: skip
+            if KIND == "headwise":
+                high_code = load_code(
+                    z, z_stride, row, use, z_start,
+                before + part_head * HEAD_DIM + ROTARY // 2 + first_pair,
+                before + part_head * HEAD_DIM + high,
+                    high_valid, W, R, HEAD, KIND, GENERATE, N,
+                )  # fmt: skip
+            else:
+                high_code = low_code
+            column = head * HEAD_DIM
+            low_window = load_window(
+                x, x_stride, ring, ring_stride, row, first_row, count, meta, spot,
+                column + low, offset + low, low_valid, low_convolved, W, RING, MODE, M,
+            )  # fmt: skip
+            high_window = load_window(
+                x, x_stride, ring, ring_stride, row, first_row, count, meta, spot,
+                column + high, offset + high, high_valid, high_convolved, W, RING, MODE, M,
+            )  # fmt: skip
+        angle = rope + row[:, None].to(tl.int64) * ROTARY + pair[None, :]
+        angle_mask = keep[:, None] & turned[None, :]
+        cos = tl.load(angle, mask=angle_mask, other=1.0)
+        sin = tl.load(angle + TURN, mask=angle_mask, other=0.0)
+        if NORM:
+            norm_weight = tl.where(is_q, norm_q, norm_k)
+            low_norm = tl.load(norm_weight + low, mask=low_valid, other=0.0).to(tl.float32)
+            high_norm = tl.load(norm_weight + high, mask=high_valid, other=0.0).to(tl.float32)
+
+        if KIND != "none":
+            a = convolve(low_window, low_code, low_weights, W, R, KIND, GENERATE, SCALE, SILU, M, N)
+            b = convolve(
+                high_window, high_code, high_weights, W, R, KIND, GENERATE, SCALE, SILU, M, N
+            )
+            a = tl.where(covered, a, low_window[0].to(tl.float32))
+            b = tl.where(covered, b, high_window[0].to(tl.float32))
+            if MODE != "long":
+                target = ring + ring_row[:, None] * ring_stride + offset
+                stored = (ring_row >= 0)[:, None]
+                low_mask = stored & low_convolved[None, :]
+                tl.store(target + low[None, :], low_window[0], mask=low_mask)
+                high_mask = stored & high_convolved[None, :]
+                tl.store(target + high[None, :], high_window[0], mask=high_mask)
+        if NORM:
+            # Lanes without a channel hold zero when the convolution has no bias there: mask them.
+            squares = tl.where(low_valid[None, :], a * a, 0.0)
+            squares += tl.where(high_valid[None, :], b * b, 0.0)
+            inverse = tl.rsqrt(tl.sum(squares, axis=1) / HEAD_DIM + EPS)[:, None]
+            a = tl.where(is_v, a, a * inverse * low_norm[None, :])
+            b = tl.where(is_v, b, b * inverse * high_norm[None, :])
+        first = (a * cos - b * sin).to(q_out.dtype.element_ty)
+        second = (b * cos + a * sin).to(q_out.dtype.element_ty)
+
+        if is_q:
+            target = q_out + row[:, None].to(tl.int64) * (Q_HEADS * HEAD_DIM) + head * HEAD_DIM
+            written = keep
+        else:
+            written = kv_row >= 0
+            page = kv_row // PAGE
+            inside = (kv_row % PAGE) * HEAD_DIM
+            if is_v:
+                place = page * v_page_stride + part_head * v_head_stride + inside
+                target = v_pages + place[:, None]
+            else:
+                place = page * k_page_stride + part_head * k_head_stride + inside
+                target = k_pages + place[:, None]
+        tl.store(target + low[None, :], first, mask=written[:, None] & low_valid[None, :])
+        tl.store(target + high[None, :], second, mask=written[:, None] & high_valid[None, :])
+
+
+@triton.jit
+def _halves(pair, HEAD_DIM: tl.constexpr, ROTARY: tl.constexpr):
+    """The two channels of a head that a pair is made of."""
+    TURN: tl.constexpr = ROTARY // 2
+    if ROTARY == HEAD_DIM:
+        low = pair
+        high = pair + TURN
+    else:
+        rest: tl.constexpr = (HEAD_DIM - ROTARY + 1) // 2
+        low = tl.where(pair < TURN, pair, ROTARY + pair - TURN)
+        high = low + tl.where(pair < TURN, TURN, rest)
+    return low, high
+
+
+def qkv_rope_write(
+    qkv: Tensor,
+    z: Tensor | None,
+    filters: ConvFilter | None,
+    ring: Tensor | None,
+    norm: QKNorm | None,
+    rope: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    batch: FlatBatch,
+    tile: tuning.ConvTile | None = None,
+) -> Tensor:
+    """See `Ops.qkv_rope_write`. One launch, or with steps split off it where the row must be whole:
+
+    norm_first and full-width norms take a launch of their own, and so does the ring store of a
+    chunk that wraps the ring.
+    """
+    _, kv_heads, page_size, head_dim = k_pages.shape
+    q_heads = qkv.shape[1] // head_dim - 2 * kv_heads
+    if norm is not None and norm.order == "norm_first":
+        qkv, norm = norm_qk(qkv, norm, q_heads, kv_heads, head_dim), None
+    parts = None if filters is None else _parts(filters, q_heads, kv_heads, head_dim)
+    if filters is not None and (parts is None or (norm is not None and norm.mode == "full")):
+        assert ring is not None
+        qkv, filters = triton_conv.conv(qkv, z, filters, ring, batch), None
+    if norm is not None and norm.mode == "full":
+        qkv, norm = norm_qk(qkv, norm, q_heads, kv_heads, head_dim), None
+
+    qkv = qkv if qkv.stride(1) == 1 else qkv.contiguous()
+    count = len(qkv)
+    q = torch.empty((count, q_heads, head_dim), dtype=qkv.dtype, device=qkv.device)
+    half = (head_dim + 1) // 2
+    tile = tile or tuning.qkv_tile(count, filters)
+    pairs = min(tile.channels, triton.next_power_of_2(half))
+    if norm is not None:
+        pairs = triton.next_power_of_2(half)
+    grid = (
+        (q_heads + 2 * kv_heads) * triton.cdiv(half, pairs),
+        triton.cdiv(count, tile.rows * tile.repeat),
+    )
+    common = {
+        "Q_HEADS": q_heads, "KV_HEADS": kv_heads, "HEAD_DIM": head_dim, "ROTARY": rope.shape[1],
+        "PAGE": page_size, "NORM": norm is not None, "EPS": 0.0 if norm is None else norm.eps,
+        "M": tile.rows, "N": pairs, "REPEAT": tile.repeat, "num_warps": tile.warps,
+    }  # fmt: skip
+    norms = (qkv, qkv) if norm is None else (norm.q, norm.k)
+    strides = (k_pages.stride(0), k_pages.stride(1), v_pages.stride(0), v_pages.stride(1))
+    meta = (batch.positions, batch.row_seq, batch.starts, batch.slots, batch.ring_rows)
+    if filters is None:
+        _qkv_kernel[grid](
+            qkv, qkv.stride(0), qkv, 0, qkv, qkv, qkv, qkv, 0, *norms, rope, q,
+            k_pages, v_pages, *strides, *meta, batch.kv_rows, count,
+            PARTS=((-1, 0, 0),) * 3, D=1, W=1, R=0, HEAD=0, KIND="none", GENERATE="none",
+            BIAS=False, SCALE=1.0, SILU=False, RING=1, MODE="long", **common,
+        )  # fmt: skip
+        return q
+    assert ring is not None
+    assert parts is not None
+    z = z if z is None or z.stride(1) == 1 else z.contiguous()
+    mode = triton_conv.step_mode(filters, batch)
+    _qkv_kernel[grid](
+        qkv, qkv.stride(0), qkv if z is None else z, 0 if z is None else z.stride(0),
+        qkv if filters.up is None else filters.up, filters.static,
+        filters.static if filters.bias is None else filters.bias,
+        ring, triton_conv.ring_row_stride(ring), *norms, rope, q,
+        k_pages, v_pages, *strides, *meta, batch.kv_rows, count,
+        PARTS=parts, D=filters.channels, W=filters.width, R=filters.rank,
+        HEAD=filters.head_size, KIND=filters.kind,
+        GENERATE=_generate_mode(filters, parts, pairs, head_dim, rope.shape[1], tile.generate),
+        BIAS=filters.bias is not None, SCALE=filters.scale, SILU=filters.activation == "silu",
+        RING=batch.ring_len, MODE=mode, **common,
+    )  # fmt: skip
+    if mode == "long":
+        triton_conv.store_ring(qkv, filters, ring, batch)
+    return q
+
+
+def _parts(
+    filters: ConvFilter, q_heads: int, kv_heads: int, head_dim: int
+) -> tuple[tuple[int, int, int], ...] | None:
+    """For q, k and v: (covered channel or -1, z column, channels of the stream before the part).
+
+    None if a stream's edge falls inside a part; then the convolution runs on its own.
+    """
+    edges = (0, q_heads, q_heads + kv_heads, q_heads + 2 * kv_heads)
+    parts: list[tuple[int, int, int]] = []
+    for start, stop in ((edges[i] * head_dim, edges[i + 1] * head_dim) for i in range(3)):
+        covered = 0
+        part = (-1, 0, 0)
+        for stream in filters.streams:
+            if stream.start <= start and stop <= stream.stop:
+                part = (covered + start - stream.start, stream.z_start, start - stream.start)
+            elif stream.start < stop and start < stream.stop:
+                return None
+            covered += stream.stop - stream.start
+        parts.append(part)
+    return tuple(parts)
+
+
+def _generate_mode(
+    filters: ConvFilter,
+    parts: tuple[tuple[int, int, int], ...],
+    pairs: int,
+    head_dim: int,
+    rotary: int,
+    wanted: str,
+) -> str:
+    """As `triton_conv.generate_mode`, for halves of heads."""
+    if filters.kind == "lowrank":
+        return "dot" if wanted == "swap" and pairs != 32 else wanted
+    if filters.kind == "static":
+        return "none"
+    unit = group_size(filters.head_size)
+    # Halves of heads must start at whole groups of the stream.
+    whole = (
+        rotary == head_dim and head_dim % (2 * pairs) == 0 and all(p[2] % unit == 0 for p in parts)
+    )
+    return "group" if whole and 1 < unit <= pairs else "gather"

@@ -1,0 +1,124 @@
+"""Launch shapes measured offline on an H100 and committed: nothing is tuned while serving.
+
+Keys are row counts and widths, never sequence lengths. Knows no kernel.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from .filters import ConvFilter
+
+
+@dataclass(frozen=True)
+class ConvTile:
+    """Rows x channels of one program of a convolution, and how it makes low-rank filters."""
+
+    rows: int
+    channels: int
+    warps: int
+    generate: str = "dot"
+    """See `triton_filters`; "runs": `triton_runs`, one warp, rows x channels = 256 J, J even."""
+    repeat: int = 1
+    """Row tiles that one program takes in turn, with the weights kept in registers."""
+
+
+def conv_tile(rows: int, filters: ConvFilter, long: bool) -> ConvTile:
+    """The tile of `Ops.conv` for `rows` rows of the flat batch; `long`: some runs are long."""
+    if long and rows > 512 and filters.kind != "lowrank":
+        return ConvTile(4, 256, 1, "runs")
+    if filters.kind == "lowrank" and filters.rank <= 16 and 1 < rows <= 8:
+        return ConvTile(2, 64, 2, "fma")
+    return pair_tile(rows, filters)
+
+
+def pair_tile(rows: int, filters: ConvFilter) -> ConvTile:
+    """The tile of kernels that convolve two channel ranges at once."""
+    if filters.kind == "lowrank":
+        if filters.rank > 16:
+            return ConvTile(16, 64, 4)
+        if rows == 1:
+            return ConvTile(1, 32, 1, "fma")
+        return ConvTile(16, 64, 4) if rows <= 512 else ConvTile(64, 32, 4, "swap")
+    if rows <= 64:
+        return ConvTile(1, 128, 1)
+    return ConvTile(4, 128, 4) if rows <= 512 else ConvTile(8, 128, 4)
+
+
+def qkv_tile(rows: int, filters: ConvFilter | None) -> ConvTile:
+    """The tile of `Ops.qkv_rope_write`; `channels` counts pairs, of half a head at most."""
+    if filters is None:
+        return ConvTile(8, 64, 4) if rows <= 512 else ConvTile(16, 64, 4)
+    if filters.kind != "lowrank":
+        return ConvTile(1, 64, 1) if rows <= 64 else ConvTile(8, 64, 4)
+    if rows == 1 and filters.rank <= 16:
+        return ConvTile(1, 64, 4, "fma")
+    return ConvTile(16, 64, 4) if rows <= 512 else ConvTile(64, 32, 4, "swap")
+
+
+@dataclass(frozen=True)
+class SplitTile:
+    """Split-KV attention: keys a tile, parts a sequence's context is cut into."""
+
+    keys: int
+    splits: int
+    warps: int
+    stages: int
+
+
+SHORT_RUN = 8
+"""Most rows of one sequence that the split-KV kernel takes."""
+
+
+def split_tile(heads: int, max_len: int) -> SplitTile:
+    """`heads` = sequences x kv heads; `max_len` bounds the contexts."""
+    keys = 64
+    splits = max(1, min(528 // heads, -(-max_len // keys), 32))
+    return SplitTile(keys, splits, 4, 3)
+
+
+@dataclass(frozen=True)
+class ChunkTile:
+    """Chunk attention: query rows and keys of a tile."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+def chunk_tile(element_size: int) -> ChunkTile:
+    """The same for every length: larger tiles measured slower."""
+    return ChunkTile(32, 32, 4, 2) if element_size > 2 else ChunkTile(64, 64, 4, 3)
+
+
+@dataclass(frozen=True)
+class LinearTile:
+    """A small linear layer: most rows of x (under 16 a GEMV), outputs and depth of a tile."""
+
+    rows: int
+    outputs: int
+    depth: int
+    warps: int
+    stages: int
+
+
+def linear_tile(
+    rows: int, out_features: int, in_features: int, dtype: torch.dtype
+) -> LinearTile | None:
+    """None: cuBLAS is as fast, as it is where few outputs are long sums."""
+    if dtype.itemsize != 2:
+        return None
+    if rows == 1:
+        wide = in_features > 4096
+        return LinearTile(1, 1, 1024, 1, 1) if wide else LinearTile(1, 1, 1024, 2, 1)
+    if rows == 2 and out_features < 50_000:
+        wide = in_features > 4096
+        return LinearTile(2, 1, 2048, 2, 1) if wide else LinearTile(2, 1, 1024, 2, 1)
+    if rows <= 32 and out_features >= 6000 and in_features <= 4096:
+        return LinearTile(16 if rows <= 16 else 32, 64, 128, 4, 4)
+    return None

@@ -1,0 +1,222 @@
+# pyright: reportArgumentType=false
+"""QKV, norm, MLP and linear kernels against the reference in float64."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from convserve.kernels import Ops, QKNorm, tuning
+from convserve.kernels.triton_linear import linear
+from convserve.kernels.triton_ops import TritonOps
+from triton_cases import (
+    DEVICE,
+    Layout,
+    assert_close,
+    live_only,
+    live_rows,
+    make_filter,
+    make_layout,
+    make_pages,
+    make_ring,
+    nan_bits,
+    normal,
+    wide,
+)
+
+REFERENCE, TRITON = Ops(), TritonOps()
+ON_GPU = DEVICE.type == "cuda"
+DECODE = [(0, 1), (2, 1), (9, 1)]
+SHORT = [(0, 3), (7, 1), (2, 2)]
+CHUNK = [(3, 7), (11, 1), (0, 2)]
+
+
+@pytest.mark.parametrize("kind", ["none", "static", "lowrank", "headwise"])
+@pytest.mark.parametrize(
+    ("runs", "ring_len"), [(DECODE, 4), (SHORT, 16), (CHUNK, 4)], ids=["decode", "short", "chunk"]
+)
+def test_qkv_over_every_step_shape(kind: str, runs: list[tuple[int, int]], ring_len: int) -> None:
+    torch.manual_seed(1)
+    layout = make_layout(runs, ring_len=ring_len, padding_rows=2, padding_seqs=1)
+    check_qkv(layout, kind, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "rotary", "conv_head"),
+    [((2, 1), 24, 24, 4), ((4, 2), 16, 8, 16), ((1, 1), 20, 12, 1), ((2, 2), 32, 32, 8),
+     *([((16, 16), 128, 128, 16), ((32, 8), 64, 64, 64), ((9, 3), 64, 32, 1)] if ON_GPU else [])],
+)  # fmt: skip
+@pytest.mark.parametrize("kind", ["lowrank", "headwise"])
+def test_qkv_head_shapes(
+    kind: str, heads: tuple[int, int], head_dim: int, rotary: int, conv_head: int
+) -> None:
+    torch.manual_seed(2)
+    layout = make_layout(SHORT, ring_len=8)
+    check_qkv(
+        layout, kind, torch.float32, heads=heads, head_dim=head_dim, rotary=rotary,
+        conv_head=conv_head,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["none", "lowrank", "headwise"])
+@pytest.mark.parametrize("mode", ["head", "full"])
+@pytest.mark.parametrize("order", ["conv_first", "norm_first"])
+def test_qk_norm_in_both_orders(kind: str, mode: str, order: str) -> None:
+    torch.manual_seed(3)
+    check_qkv(make_layout(SHORT, ring_len=8), kind, torch.float32, norm=(mode, order))
+
+
+@pytest.mark.parametrize("parts", [(1, 2), (0,), "one stream", "split inside k"])
+def test_qkv_with_parts_not_convolved(parts: tuple[int, ...] | str) -> None:
+    torch.manual_seed(4)
+    check_qkv(make_layout(SHORT, ring_len=8), "static", torch.float32, parts=parts)
+    if isinstance(parts, tuple):
+        check_qkv(make_layout(SHORT, ring_len=8), "lowrank", torch.float32, parts=parts)
+
+
+@pytest.mark.parametrize("kind", ["none", "lowrank"])
+def test_qkv_in_bfloat16(kind: str) -> None:
+    torch.manual_seed(5)
+    many = [(s % 7, 1) for s in range(200 if ON_GPU else 18)]
+    check_qkv(make_layout(many), kind, torch.bfloat16, norm=("head", "conv_first"))
+
+
+@pytest.mark.parametrize("kind", ["none", "static", "lowrank", "headwise"])
+@pytest.mark.parametrize("runs", [DECODE, SHORT, CHUNK], ids=["decode", "short", "chunk"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_conv_add_rms_norm(kind: str, runs: list[tuple[int, int]], dtype: torch.dtype) -> None:
+    torch.manual_seed(6)
+    layout = make_layout(runs, ring_len=8 if runs is SHORT else 4, padding_rows=1)
+    rows, live, width = len(layout.batch.positions), live_rows(layout), 40
+    filters, z_width = site(kind, [(0, width)], dtype)
+    ring = make_ring(layout, 4, width, dtype)
+    truth_ring = ring.double()
+    x, z = normal(rows, width + 8, dtype=dtype)[:, :width], normal(rows, z_width + 8, dtype=dtype)
+    residual, weight = normal(rows, width, dtype=dtype), normal(width, dtype=dtype)
+    code = z[:, :z_width] if z_width else None
+    got = TRITON.conv_add_rms_norm(x, code, filters, ring, residual, weight, 1e-5, layout.batch)
+    truth = REFERENCE.conv_add_rms_norm(
+        x[:live].double(), None if code is None else code[:live].double(), wide(filters),
+        truth_ring, residual[:live].double(), weight.double(), 1e-5, live_only(layout.batch),
+    )  # fmt: skip
+    assert_close(got[0][:live], truth[0])
+    assert_close(got[1][:live], truth[1])
+    assert torch.equal(nan_bits(ring), nan_bits(truth_ring.to(dtype)))
+
+
+@pytest.mark.parametrize("kind", ["none", "static", "lowrank", "headwise"])
+@pytest.mark.parametrize("runs", [DECODE, SHORT, CHUNK], ids=["decode", "short", "chunk"])
+@pytest.mark.parametrize("only_gate", [False, True])
+def test_conv_silu_mul(kind: str, runs: list[tuple[int, int]], only_gate: bool) -> None:
+    torch.manual_seed(7)
+    layout = make_layout(runs, ring_len=8 if runs is SHORT else 4, padding_rows=1)
+    rows, live, inner = len(layout.batch.positions), live_rows(layout), 36
+    parts = [(0, inner)] if only_gate else [(0, inner), (inner, 2 * inner)]
+    filters, z_width = site(kind, parts, torch.float32)
+    channels = 1 if filters is None else filters.channels
+    ring = make_ring(layout, 4, channels, torch.float32)
+    truth_ring = ring.double()
+    both = normal(rows, 2 * inner + z_width + 8)
+    x, z = both[:, : 2 * inner], both[:, 2 * inner :]
+    got = TRITON.conv_silu_mul(x, z, filters, ring, layout.batch)
+    truth = REFERENCE.conv_silu_mul(
+        x[:live].double(), z[:live].double(), wide(filters), truth_ring, live_only(layout.batch)
+    )
+    assert_close(got[:live], truth)
+    assert torch.equal(nan_bits(ring), nan_bits(truth_ring.float()))
+
+
+@pytest.mark.parametrize("shape", [(3, 48), (1, 576), (2, 3, 16)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rms_norm(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    torch.manual_seed(8)
+    x, weight = normal(*shape, dtype=dtype), normal(shape[-1], dtype=dtype)
+    assert_close(
+        TRITON.rms_norm(x, weight, 1e-6), REFERENCE.rms_norm(x.double(), weight.double(), 1e-6)
+    )
+
+
+@pytest.mark.parametrize("tile", [
+    tuning.LinearTile(1, 4, 64, 1, 1), tuning.LinearTile(4, 2, 32, 1, 1),
+    tuning.LinearTile(16, 16, 32, 4, 2),
+])  # fmt: skip
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("outputs", "depth"), [(24, 64), (10, 80)])
+def test_small_linear(tile: tuning.LinearTile, bias: bool, outputs: int, depth: int) -> None:
+    torch.manual_seed(9)
+    rows = min(tile.rows, 3)
+    x, weight = (
+        normal(rows, depth, dtype=torch.bfloat16),
+        normal(outputs, depth, dtype=torch.bfloat16),
+    )
+    shift = normal(outputs, dtype=torch.bfloat16) if bias else None
+    truth = F.linear(x.double(), weight.double(), None if shift is None else shift.double())
+    assert_close(linear(x, weight, shift, tile), truth)
+
+
+def site(kind: str, parts: list[tuple[int, int]], dtype: torch.dtype):
+    """A filter of `kind`, or (None, 0)."""
+    return (None, 0) if kind == "none" else make_filter(kind, 4, parts, dtype=dtype)
+
+
+def check_qkv(
+    layout: Layout,
+    kind: str,
+    dtype: torch.dtype,
+    *,
+    heads: tuple[int, int] = (2, 1),
+    head_dim: int = 16,
+    rotary: int | None = None,
+    conv_head: int = 4,
+    norm: tuple[str, str] | None = None,
+    parts: tuple[int, ...] | str = (0, 1, 2),
+) -> None:
+    """The op on column slices of one wide tensor, against the reference in float64."""
+    rows, live = len(layout.batch.positions), live_rows(layout)
+    q_heads, kv_heads = heads
+    edges = [0, q_heads, q_heads + kv_heads, q_heads + 2 * kv_heads]
+    columns = edges[3] * head_dim
+    if parts == "one stream":
+        spans = [(0, columns)]
+    elif parts == "split inside k":
+        spans = [(0, edges[1] * head_dim + 4), (edges[1] * head_dim + 4, columns)]
+    else:
+        spans = [(edges[i] * head_dim, edges[i + 1] * head_dim) for i in parts]  # pyright: ignore
+    filters, z_width = (None, 0)
+    if kind != "none":
+        filters, z_width = make_filter(kind, 4, spans, head_size=conv_head, dtype=dtype)
+    ring = make_ring(layout, 4, 1 if filters is None else filters.channels, dtype)
+    both = normal(rows, columns + z_width + 8, dtype=dtype)
+    x, z = both[:, :columns], both[:, columns : columns + z_width]
+    rotary = head_dim if rotary is None else rotary
+    angle = torch.rand(rows, rotary // 2) * 6
+    rope = torch.cat((angle.cos(), angle.sin()), 1).to(DEVICE)
+    k_pages, v_pages = (make_pages(layout, kv_heads, head_dim, dtype) for _ in range(2))
+    qk_norm = wide_norm = None
+    if norm is not None:
+        widths = (head_dim,) * 2 if norm[0] == "head" else (q_heads * head_dim, kv_heads * head_dim)
+        q_weight, k_weight = (normal(w, dtype=dtype) for w in widths)
+        qk_norm = QKNorm(norm[0], norm[1], q_weight, k_weight, 1e-6)  # pyright: ignore
+        wide_norm = replace(qk_norm, q=q_weight.double(), k=k_weight.double())
+    truth_ring, truth_k, truth_v = ring.double(), k_pages.double(), v_pages.double()
+    truth = REFERENCE.qkv_rope_write(
+        x[:live].double(), z[:live].double() if z_width else None, wide(filters), truth_ring,
+        wide_norm, rope[:live].double(), truth_k, truth_v, live_only(layout.batch),
+    )  # fmt: skip
+    got = TRITON.qkv_rope_write(
+        x, z if z_width else None, filters, ring, qk_norm, rope, k_pages, v_pages, layout.batch
+    )
+    assert got.is_contiguous()
+    assert_close(got[:live], truth)
+    for pages, true_pages in ((k_pages, truth_k), (v_pages, truth_v)):
+        assert torch.equal(pages.isnan(), true_pages.isnan())
+        assert_close(pages.nan_to_num(), true_pages.nan_to_num())
+    if norm is None or norm[1] == "conv_first":
+        assert torch.equal(nan_bits(ring), nan_bits(truth_ring.to(dtype)))
+    else:
+        # The ring holds normed rows: computed, so right to rounding.
+        assert torch.equal(ring.isnan(), truth_ring.isnan())
+        if filters is not None:
+            assert_close(ring.nan_to_num(), truth_ring.nan_to_num())
