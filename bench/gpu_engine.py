@@ -44,10 +44,11 @@ CUDA = torch.device("cuda")
 
 
 def main() -> int:
-    """Runs both parts; returns 1 if a golden checkpoint gave other tokens."""
+    """Runs every part; returns 1 if a golden checkpoint gave other tokens."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--skip-golden", action="store_true")
     parser.add_argument("--skip-speed", action="store_true")
+    parser.add_argument("--skip-prefix", action="store_true")
     args = parser.parse_args()
     print(torch.cuda.get_device_name(), "torch", torch.__version__)
     failures = 0
@@ -59,6 +60,9 @@ def main() -> int:
                 except Exception:
                     failures += 1
                     print(name, dtype, "FAILED\n", traceback.format_exc(limit=-4))
+    if not args.skip_prefix:
+        for tails in (64, 0):
+            first_token(["q", "k", "v"], tails)
     if not args.skip_speed:
         for conv in (None, ["q", "k", "v"], ["q", "k", "v", "o", "gate", "up", "down"]):
             try:
@@ -113,8 +117,8 @@ class RandomReader:
         return torch.randn(shape, dtype=dtype or torch.bfloat16, device=CUDA) * scale
 
 
-def steps(placement: list[str] | None, context: int = 1024) -> None:
-    """Median time of a step while all sequences generate, at several batch sizes."""
+def random_model(placement: list[str] | None) -> tuple[Decoder, int]:
+    """The 1.42 B shape with convolutions after the named projections, and its bytes of weights."""
     conv = {"kind": "lowrank", "width": 4, "rank": 16, "placement": placement}
     config = parse_config(
         {
@@ -132,7 +136,51 @@ def steps(placement: list[str] | None, context: int = 1024) -> None:
     reader = RandomReader()
     ops = select_ops(CUDA)
     model = Decoder(ops, config, reader, torch.bfloat16, CUDA)  # pyright: ignore[reportArgumentType]
-    weight_bytes = reader.total_elements * 2
+    return model, reader.total_elements * 2
+
+
+def first_token(placement: list[str], tails: int, prefix: int = 2048) -> None:
+    """Time to the first token of a long prompt, cold and with all but its end cached."""
+    model, _ = random_model(placement)
+    sizes = CacheSizes(1024, 16, 8, model.state_spec.ring_len(), tails)
+    core = EngineCore(model, Limits(sizes, 4096, 2048, 0), (), CUDA)
+    params = SamplingParams(temperature=0, max_tokens=1)
+
+    def once(tokens: list[int]) -> float:
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        core.add(GenerateRequest(request_id="r", prompt=tuple(tokens), params=params))
+        while core.has_work:
+            core.step()
+        return (time.perf_counter() - started) * 1e3
+
+    def tokens(count: int) -> list[int]:
+        return torch.randint(0, 100000, (count,)).tolist()
+
+    for _ in range(3):  # compiles every kernel that a cold prompt or a hit needs
+        shared = tokens(prefix)
+        for _ in range(3):
+            once([*shared, *tokens(16)])
+    cold: list[float] = []
+    first: list[float] = []
+    later: list[float] = []
+    for _ in range(10):
+        shared = tokens(prefix)
+        cold.append(once([*shared, *tokens(16)]))
+        first.append(once([*shared, *tokens(16)]))
+        later.append(once([*shared, *tokens(16)]))
+    print(
+        f"first token, {prefix} + 16 tokens, {tails} tails of "
+        f"{model.state_spec.conv_tail_bytes:,} bytes: cold {statistics.median(cold):.2f} ms, "
+        f"first hit {statistics.median(first):.2f} ms, later hits {statistics.median(later):.2f} ms"
+        f", {core.stats().replayed_tokens} tokens replayed",
+        flush=True,
+    )
+
+
+def steps(placement: list[str] | None, context: int = 1024) -> None:
+    """Median time of a step while all sequences generate, at several batch sizes."""
+    model, weight_bytes = random_model(placement)
     name = "+".join(placement) if placement else "plain"
     for batch, graphs in ((1, False), (1, True), (8, True), (32, True), (64, True), (128, True)):
         sizes = CacheSizes(batch * (context // 16 + 8), 16, batch, model.state_spec.ring_len())

@@ -13,56 +13,22 @@ from .messages import EngineCommand, EngineReply, Heartbeat, Shutdown, StepRepor
 from .streams import RequestStreams
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator
-
     from .core import EngineCore
-    from .messages import EngineInfo, EngineStats, GenerateRequest, TokenEvent
+    from .messages import EngineInfo
 
 _log = logging.getLogger(__name__)
 
 
-class LocalClient:
+class LocalClient(RequestStreams):
     """An `EngineClient` over an EngineCore of this process. Create it on a running event loop."""
 
     def __init__(self, core: EngineCore, info: EngineInfo) -> None:
         self._event_loop = asyncio.get_running_loop()
         self._inbox: queue.SimpleQueue[EngineCommand] = queue.SimpleQueue()
-        self._streams = RequestStreams(info, self._inbox.put)
+        super().__init__(info, self._inbox.put)
         self._ended = asyncio.Event()
         self._thread = threading.Thread(target=self._run, args=(core, info), daemon=True)
         self._thread.start()
-
-    @property
-    def info(self) -> EngineInfo:
-        """See `EngineClient`."""
-        return self._streams.info
-
-    @property
-    def stats(self) -> EngineStats:
-        """See `EngineClient`."""
-        return self._streams.stats
-
-    @property
-    def is_alive(self) -> bool:
-        """See `EngineClient`."""
-        return self._streams.is_alive
-
-    @property
-    def heartbeat_age(self) -> float:
-        """See `EngineClient`."""
-        return self._streams.heartbeat_age
-
-    def submit(self, request: GenerateRequest) -> AsyncGenerator[TokenEvent, None]:
-        """See `EngineClient`."""
-        return self._streams.submit(request)
-
-    def abort(self, request_id: str, index: int | None = None) -> None:
-        """See `EngineClient`."""
-        self._streams.abort(request_id, index)
-
-    def reset_prefix_cache(self) -> None:
-        """See `EngineClient`."""
-        self._streams.reset_prefix_cache()
 
     async def wait_dead(self) -> int | None:
         """See `EngineClient`."""
@@ -71,7 +37,7 @@ class LocalClient:
 
     async def close(self) -> None:
         """See `EngineClient`."""
-        self._streams.close()
+        self.end_streams()
         self._inbox.put(Shutdown())
         await asyncio.to_thread(self._thread.join)
 
@@ -87,8 +53,8 @@ class LocalClient:
 
     def _deliver(self, reply: EngineReply) -> None:
         assert isinstance(reply, (StepReport, Heartbeat))
-        self._event_loop.call_soon_threadsafe(self._streams.receive, reply)
+        self._event_loop.call_soon_threadsafe(self.receive, reply)
 
     def _end(self, why: str) -> None:
-        self._streams.die(why)
+        self.die(why)
         self._ended.set()

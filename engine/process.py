@@ -19,24 +19,19 @@ from .messages import (
     EngineCommand,
     EngineFailed,
     EngineInfo,
-    EngineStats,
-    GenerateRequest,
     Shutdown,
-    TokenEvent,
 )
 from .streams import RequestStreams
 from .wire import frame, read_frame, reply_decoder
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator
-
     from .config import EngineConfig
 
 EXIT_SECONDS = 5.0
 """How long a process that was told to shut down may take before it is killed."""
 
 
-class ProcessClient:
+class ProcessClient(RequestStreams):
     """An `EngineClient` over an engine process."""
 
     def __init__(
@@ -49,7 +44,7 @@ class ProcessClient:
         self._process = process
         self._reader = reader
         self._writer = writer
-        self._streams = RequestStreams(info, self._send)
+        super().__init__(info, self._write)
         self._ended = asyncio.Event()
         self._task = asyncio.create_task(self._receive())
 
@@ -117,41 +112,9 @@ class ProcessClient:
         return cls(process, reader, writer, reply)
 
     @property
-    def info(self) -> EngineInfo:
-        """See `EngineClient`."""
-        return self._streams.info
-
-    @property
-    def stats(self) -> EngineStats:
-        """See `EngineClient`."""
-        return self._streams.stats
-
-    @property
-    def is_alive(self) -> bool:
-        """See `EngineClient`."""
-        return self._streams.is_alive
-
-    @property
-    def heartbeat_age(self) -> float:
-        """See `EngineClient`."""
-        return self._streams.heartbeat_age
-
-    @property
     def pid(self) -> int:
         """Process id of the engine."""
         return self._process.pid
-
-    def submit(self, request: GenerateRequest) -> AsyncGenerator[TokenEvent, None]:
-        """See `EngineClient`."""
-        return self._streams.submit(request)
-
-    def abort(self, request_id: str, index: int | None = None) -> None:
-        """See `EngineClient`."""
-        self._streams.abort(request_id, index)
-
-    def reset_prefix_cache(self) -> None:
-        """See `EngineClient`."""
-        self._streams.reset_prefix_cache()
 
     async def wait_dead(self) -> int | None:
         """See `EngineClient`."""
@@ -160,8 +123,8 @@ class ProcessClient:
 
     async def close(self) -> None:
         """See `EngineClient`."""
-        self._streams.close()
-        self._send(Shutdown())
+        self.end_streams()
+        self._write(Shutdown())
         try:
             await asyncio.wait_for(self._process.wait(), EXIT_SECONDS)
         except TimeoutError:
@@ -169,7 +132,7 @@ class ProcessClient:
         await self._task
         self._writer.close()
 
-    def _send(self, command: EngineCommand) -> None:
+    def _write(self, command: EngineCommand) -> None:
         if not self._writer.is_closing():
             self._writer.write(frame(command))
 
@@ -178,9 +141,9 @@ class ProcessClient:
             while True:
                 reply = reply_decoder.decode(await read_frame(self._reader))
                 assert not isinstance(reply, (EngineInfo, EngineFailed))
-                self._streams.receive(reply)
+                self.receive(reply)
         except (asyncio.IncompleteReadError, ConnectionError):
             pass
         finally:
-            self._streams.die("the engine process ended")
+            self.die("the engine process ended")
             self._ended.set()

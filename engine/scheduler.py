@@ -14,6 +14,7 @@ import random
 import time
 from typing import TYPE_CHECKING
 
+from ..cache import Copies
 from ..cache.pools import SequenceId
 from .messages import TokenEvent
 from .plan import Sampled, StepPlan, Work
@@ -129,7 +130,8 @@ class Scheduler:
             work = self._work(seq, budget)
             works.append(work)
             budget -= work.rows
-        return StepPlan(tuple(works), self._cache.take_copies())
+        # Without works nothing runs, and what is to be copied stays as it is until something does.
+        return StepPlan(tuple(works), self._cache.take_copies() if works else Copies())
 
     def commit(self, plan: StepPlan, sampled: list[Sampled]) -> list[TokenEvent]:
         """Takes a step's results in: advances, appends, forks, finishes. Returns what to report."""

@@ -30,7 +30,10 @@ class _Stream:
 
 
 class RequestStreams:
-    """Routes reports to the iterators that wait for them. Lives on one event loop."""
+    """Routes reports to the iterators that wait for them. Lives on one event loop.
+
+    The half of an `EngineClient` that does not depend on where the engine is.
+    """
 
     def __init__(self, info: EngineInfo, send: Callable[[EngineCommand], None]) -> None:
         """`send` passes a command to the engine and never blocks."""
@@ -107,7 +110,7 @@ class RequestStreams:
                 stream.open = stream.open - {event.index}
             stream.events.put_nowait(event)
 
-    def close(self) -> None:
+    def end_streams(self) -> None:
         """Ends every open request with `abort`: the engine is being shut down."""
         for request_id, stream in self._streams.items():
             for index in sorted(stream.open):

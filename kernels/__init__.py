@@ -6,7 +6,8 @@ from .backend import select_ops
 from .batch import PADDING, FlatBatch
 from .blocks import AttentionParts, Convolved, MLPParts
 from .filters import ConvFilter, Stream
-from .ops import Ops, PackedLinear, QKNorm
+from .ops import Ops
+from .weights import PackedLinear, QKNorm
 
 __all__ = [
     "PADDING",

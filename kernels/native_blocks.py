@@ -112,7 +112,7 @@ class NativeBlocks:
         rings: Mapping[str, Tensor],
         batch: FlatBatch,
     ) -> tuple[Tensor, Tensor] | None:
-        """See `blocks.attention_block`."""
+        """See `Ops.attention_block`."""
         inputs = (parts, norm, eps, k_pages, v_pages, rings)
         kept = self._records.get(id(parts))
         if kept is None or not kept.holds(inputs):
@@ -135,7 +135,7 @@ class NativeBlocks:
         rings: Mapping[str, Tensor],
         batch: FlatBatch,
     ) -> tuple[Tensor, Tensor] | None:
-        """See `blocks.mlp_block`."""
+        """See `Ops.mlp_block`."""
         inputs = (parts, norm, eps, rings)
         kept = self._records.get(id(parts))
         if kept is None or not kept.holds(inputs):

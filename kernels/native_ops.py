@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from . import blocks, native_build
+from . import native_build
 from .cpu import CpuOps
 from .native_blocks import NativeBlocks
 from .native_calls import (
@@ -331,12 +331,12 @@ class NativeOps(CpuOps):
         rings: Mapping[str, Tensor],
         batch: FlatBatch,
     ) -> tuple[Tensor, Tensor]:
-        """See `blocks.attention_block`: one call where every op of the block is native."""
+        """See `Ops.attention_block`: one call where every op of the block is native."""
         done = self._blocks.attention(
             parts, x, residual, norm, eps, rope, k_pages, v_pages, rings, batch
         )
-        return done or blocks.attention_block(
-            self, parts, x, residual, norm, eps, rope, k_pages, v_pages, rings, batch
+        return done or super().attention_block(
+            parts, x, residual, norm, eps, rope, k_pages, v_pages, rings, batch
         )
 
     def mlp_block(
@@ -349,9 +349,9 @@ class NativeOps(CpuOps):
         rings: Mapping[str, Tensor],
         batch: FlatBatch,
     ) -> tuple[Tensor, Tensor]:
-        """See `blocks.mlp_block`: one call where every op of the block is native."""
+        """See `Ops.mlp_block`: one call where every op of the block is native."""
         done = self._blocks.mlp(parts, x, residual, norm, eps, rings, batch)
-        return done or blocks.mlp_block(self, parts, x, residual, norm, eps, rings, batch)
+        return done or super().mlp_block(parts, x, residual, norm, eps, rings, batch)
 
     def _conv_args(self, filters: ConvFilter) -> ConvRecord:
         known = self._convs.get(id(filters))

@@ -10,14 +10,14 @@ op is float32 (float64 for float64 inputs) with one rounding to the input dtype 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import blocks, reference_attention, reference_conv
+from . import reference_attention, reference_conv
+from .weights import PackedLinear, QKNorm
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -25,33 +25,6 @@ if TYPE_CHECKING:
     from .batch import FlatBatch
     from .blocks import AttentionParts, MLPParts
     from .filters import ConvFilter
-
-
-@dataclass(frozen=True)
-class QKNorm:
-    """RMSNorm of queries and keys."""
-
-    mode: Literal["head", "full"]
-    """head: over each head's channels, weight [head_dim]. full: over the whole projection."""
-    order: Literal["conv_first", "norm_first"]
-    """Whether the convolution reads raw projections or normed ones."""
-    q: Tensor
-    k: Tensor
-    eps: float
-
-
-@dataclass(frozen=True)
-class PackedLinear:
-    """Weights of `y = x W^T + b` in whatever form the backend multiplies fastest.
-
-    `weight` is [out, in] for the reference backend and opaque to everybody but the backend that
-    packed it.
-    """
-
-    weight: Tensor
-    bias: Tensor | None
-    in_features: int
-    out_features: int
 
 
 class Ops:
@@ -211,9 +184,35 @@ class Ops:
         rings: Mapping[str, Tensor],
         batch: FlatBatch,
     ) -> tuple[Tensor, Tensor]:
-        """A whole attention block: the chain of ops in `blocks.attention_block`."""
-        return blocks.attention_block(
-            self, parts, x, residual, norm, eps, rope, k_pages, v_pages, rings, batch
+        """q, k, v -> convolution, norm, RoPE -> attention -> o -> convolution, residual, next norm.
+
+        A backend may run the chain as one call. x, residual [T, hidden] -> (normed input of the
+        next block, residual). `norm` and `eps` are the next block's; rings are "qkv" and "o".
+        """
+        p = parts
+        out = self.linear(x, p.qkv)
+        q = self.qkv_rope_write(
+            out[:, : (p.q_heads + 2 * p.kv_heads) * p.head_dim],
+            p.qkv_conv.code(out),
+            p.qkv_conv.filters,
+            rings.get("qkv"),
+            p.qk_norm,
+            rope,
+            k_pages,
+            v_pages,
+            batch,
+        )
+        attended = self.attention(q, k_pages, v_pages, batch, p.head_dim**-0.5, p.window)
+        y = self.linear(attended, p.o)
+        return self.conv_add_rms_norm(
+            y[:, : residual.shape[1]],
+            p.o_conv.code(out if p.o_code_from_input else y),
+            p.o_conv.filters,
+            rings.get("o"),
+            residual,
+            norm,
+            eps,
+            batch,
         )
 
     def mlp_block(
@@ -226,8 +225,30 @@ class Ops:
         rings: Mapping[str, Tensor],
         batch: FlatBatch,
     ) -> tuple[Tensor, Tensor]:
-        """A whole gated MLP block: the chain of ops in `blocks.mlp_block`."""
-        return blocks.mlp_block(self, parts, x, residual, norm, eps, rings, batch)
+        """gate, up -> convolution, SiLU product -> down -> convolution, residual, next norm.
+
+        As `attention_block`; rings are "gate_up" and "down".
+        """
+        p = parts
+        out = self.linear(x, p.gate_up)
+        hidden = self.conv_silu_mul(
+            out[:, : 2 * p.intermediate],
+            p.gate_up_conv.code(out),
+            p.gate_up_conv.filters,
+            rings.get("gate_up"),
+            batch,
+        )
+        y = self.linear(hidden, p.down)
+        return self.conv_add_rms_norm(
+            y[:, : residual.shape[1]],
+            p.down_conv.code(out if p.down_code_from_input else y),
+            p.down_conv.filters,
+            rings.get("down"),
+            residual,
+            norm,
+            eps,
+            batch,
+        )
 
     def moe(
         self,

@@ -372,3 +372,14 @@ def test_a_preempted_sequence_resumes_from_its_own_pages() -> None:
     assert core.stats().prefix_queries == 6  # what a preemption takes is no query
     # All but the page that the first took from it, and a replay.
     assert rows[True] == rows[False] - 10 + 6
+
+
+def test_a_tail_saved_by_an_aborted_request_survives_an_idle_step() -> None:
+    core = mock_core(num_tails=4, max_batch_tokens=8, num_slots=1)
+    prompt = list(range(10))  # so near to its end that nothing is forgotten
+    core.add(request("gone", prompt, 5))
+    core.step()
+    core.abort("gone")
+    assert core.step() == []
+    assert hits(core, prompt) == 8
+    assert core.stats().replayed_tokens == 0

@@ -18,8 +18,6 @@ from convserve.kernels.blocks import (
     AttentionParts,
     Convolved,
     MLPParts,
-    attention_block,
-    mlp_block,
 )
 from convserve.kernels.cpu import CpuOps
 from convserve.kernels.native_build import FLAGS, build, cache_folder, cpu_features
@@ -406,12 +404,12 @@ def test_a_block_is_its_chain_of_ops(
     other_pages = pages[0].clone(), pages[1].clone()
     other_rings = {name: ring.clone() for name, ring in rings.items()}
 
-    want = attention_block(
+    want = Ops.attention_block(
         ops, attention, x, residual, norm, 1e-5, rope, *other_pages, other_rings, batch
     )
     got = ops.attention_block(attention, x, residual, norm, 1e-5, rope, *pages, rings, batch)
     assert all(map(torch.equal, got, want))
-    want = mlp_block(ops, mlp, *want, norm, 1e-5, other_rings, batch)
+    want = Ops.mlp_block(ops, mlp, *want, norm, 1e-5, other_rings, batch)
     got = ops.mlp_block(mlp, *got, norm, 1e-5, rings, batch)
     assert all(map(torch.equal, got, want))
     assert not got[0].isnan().any()
