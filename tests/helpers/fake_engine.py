@@ -124,7 +124,7 @@ class FakeEngine:
 
     async def close(self) -> None:
         self._running.clear()
-        self._streams.close()
+        self._streams.end_streams()
         self._dead.set()
 
     def die(self) -> None:
