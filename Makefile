@@ -15,11 +15,11 @@ TORCH_INDEX ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help env serve test test-slow test-gpu lint format bench bench-kernels clean
+.PHONY: help env serve test test-gpu lint format bench bench-kernels clean
 
 help:
 	@echo "make serve [MODEL=folder|file.gguf] [ARGS='--port 8001']   serve a model over HTTP"
-	@echo "make test | test-slow | test-gpu                           run tests"
+	@echo "make test | test-gpu                                       run tests"
 	@echo "make lint | format                                         check or fix style, check types"
 	@echo "make bench | bench-kernels                                 measure"
 	@echo "make env | clean                                           make or remove $(VENV)"
@@ -42,13 +42,11 @@ serve: env
 	$(BIN)/convserve serve $(MODEL) $(ARGS)
 
 test: env
-	$(PYTEST) -m "not slow and not gpu"
+	$(PYTEST)
 
-test-slow: env
-	$(PYTEST) -m "slow and not gpu"
-
+# The same kernel tests, on the device instead of Triton's interpreter, and those of captured graphs.
 test-gpu: env
-	$(PYTEST) -m gpu
+	$(PYTEST) tests/kernels
 
 lint: env
 	$(BIN)/ruff format --check .

@@ -130,6 +130,9 @@ class Scheduler:
             work = self._work(seq, budget)
             works.append(work)
             budget -= work.rows
+        for work in works:
+            first_own = max(work.start, self._cache.shared(work.seq.id))
+            self._cache.check_writable(work.seq.id, first_own, work.stop)
         # Without works nothing runs, and what is to be copied stays as it is until something does.
         return StepPlan(tuple(works), self._cache.take_copies() if works else Copies())
 
