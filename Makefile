@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+CLIENTS := $(VENV)/clients
 ROOMS := server engine kernels cache loadtest
 
 # A folder, a .gguf file, or nothing for the default model; further flags of `convserve serve`.
@@ -15,13 +16,14 @@ TORCH_INDEX ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help env serve test test-gpu lint format bench bench-kernels clean
+.PHONY: help env serve test test-gpu sanitize-gpu test-clients lint format bench bench-gpu bench-kernels clean
 
 help:
 	@echo "make serve [MODEL=folder|file.gguf] [ARGS='--port 8001']   serve a model over HTTP"
-	@echo "make test | test-gpu                                       run tests"
+	@echo "make test | test-gpu | sanitize-gpu                        run tests"
+	@echo "make test-clients                                          run LiteLLM, lm-eval, GuideLLM and AIPerf on it"
 	@echo "make lint | format                                         check or fix style, check types"
-	@echo "make bench | bench-kernels                                 measure"
+	@echo "make bench | bench-gpu | bench-kernels                     measure"
 	@echo "make env | clean                                           make or remove $(VENV)"
 
 env: $(INSTALLED)
@@ -44,9 +46,27 @@ serve: env
 test: env
 	$(PYTEST)
 
-# The same kernel tests, on the device instead of Triton's interpreter, and those of captured graphs.
+# The same kernel tests, on the device instead of Triton's interpreter, those of captured graphs, and
+# the engine's.
 test-gpu: env
-	$(PYTEST) tests/kernels
+	$(PYTEST) tests/kernels tests/engine/test_gpu.py
+
+# Without torch's pool of memory a byte past a tensor's end belongs to nobody; graphs need the pool.
+sanitize-gpu: env
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 \
+		$(PYTEST) tests/kernels -k "triton and not captured" --timeout 0
+
+# Other people's clients, in an environment of their own, against a server with the default model.
+$(CLIENTS)/.installed: tests/clients/requirements.txt $(INSTALLED)
+	$(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip --disable-pip-version-check install --quiet \
+		$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) $(shell grep ^torch== constraints.txt)
+	$(CLIENTS)/bin/python -m pip --disable-pip-version-check install --quiet \
+		--requirement tests/clients/requirements.txt
+	touch $@
+
+test-clients: $(CLIENTS)/.installed
+	$(PYTEST) tests/clients -m clients
 
 lint: env
 	$(BIN)/ruff format --check .
@@ -59,6 +79,10 @@ format: env
 
 bench: env
 	$(BIN)/python bench/cpu.py
+	$(BIN)/python bench/prefix.py
+
+bench-gpu: env
+	$(BIN)/python bench/gpu_engine.py
 
 bench-kernels: env
 	$(BIN)/python bench/kernels.py

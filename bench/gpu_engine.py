@@ -1,101 +1,36 @@
-"""The engine on a GPU: golden checkpoints against their numbers, then steps of the 1.42 B shape.
+"""The engine on a GPU: steps, prompts, whole loads and first tokens of the 1.42 B shape.
 
-    python bench/gpu_engine.py [--skip-golden] [--skip-speed]
+    python bench/gpu_engine.py [steps] [load] [prefix] [profile] [deterministic]
 
-Needs no installation: it links the rooms into a temporary package. The model of the second part
-has random weights (hidden 2048, 24 layers, 16 heads of 128, SwiGLU 5504, vocabulary 100352, tied),
-plain and with low-rank q, k, v convolutions; steps run as the engine runs them, scheduler, copies
-to the device, sampling and all.
+Needs no installation: it links the rooms into a temporary package. Weights are random (hidden 2048,
+24 layers, 16 heads of 128, SwiGLU 5504, vocabulary 100352, tied), plain and with low-rank
+convolutions; everything runs as the engine runs it, scheduler, copies, sampling, overlap and all.
 """
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 import time
 import traceback
-from pathlib import Path
+from typing import Any
 
 import _import  # noqa: F401  (makes `convserve` importable)
 import torch
 from convserve.cache import CacheSizes
 from convserve.engine.core import EngineCore
 from convserve.engine.messages import GenerateRequest, SamplingParams
-from convserve.engine.models import load_model
 from convserve.engine.models.config import parse_config
 from convserve.engine.models.decoder import Decoder
 from convserve.engine.resolve import Limits
 from convserve.kernels import select_ops
-from safetensors.torch import load_file
+from torch_step import torch_step_ms
 
-GOLDEN = Path(__file__).parent.parent / "tests" / "data" / "golden" / "models"
-MODELS = (
-    "hf_llama",
-    "hf_qwen3",
-    "hf_olmoe",
-    "static_qkv",
-    "dynconv_lowrank_qkv",
-    "dynconv_headwise_qkv",
-    "dynconv_all_linear",
-    "dynconv_moe_qkv",
-)
 CUDA = torch.device("cuda")
-
-
-def main() -> int:
-    """Runs every part; returns 1 if a golden checkpoint gave other tokens."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--skip-golden", action="store_true")
-    parser.add_argument("--skip-speed", action="store_true")
-    parser.add_argument("--skip-prefix", action="store_true")
-    args = parser.parse_args()
-    print(torch.cuda.get_device_name(), "torch", torch.__version__)
-    failures = 0
-    if not args.skip_golden:
-        for name in MODELS:
-            for dtype in (torch.float32, torch.bfloat16):
-                try:
-                    failures += not golden(name, dtype)
-                except Exception:
-                    failures += 1
-                    print(name, dtype, "FAILED\n", traceback.format_exc(limit=-4))
-    if not args.skip_prefix:
-        for tails in (64, 0):
-            first_token(["q", "k", "v"], tails)
-    if not args.skip_speed:
-        for conv in (None, ["q", "k", "v"], ["q", "k", "v", "o", "gate", "up", "down"]):
-            try:
-                steps(conv)
-            except Exception:
-                print(conv, "FAILED\n", traceback.format_exc(limit=-6))
-    return int(failures > 0)
-
-
-def golden(name: str, dtype: torch.dtype) -> bool:
-    """Greedy tokens of a checkpoint through the whole engine, at several chunk sizes."""
-    model = load_model(GOLDEN / name, dtype, CUDA)
-    expected = load_file(GOLDEN / name / "expected.safetensors")
-    same = total = 0
-    for budget, graphs in ((1, True), (3, False), (7, True), (64, True), (64, False)):
-        sizes = CacheSizes(64, 16, 4, model.state_spec.ring_len(), 4)
-        limits = Limits(sizes, 256, budget, 0)
-        core = EngineCore(model, limits, (), CUDA, graphs=graphs, poison=True)
-        output: dict[str, list[int]] = {}
-        for i in range(3):
-            prompt = tuple(expected[f"p{i}.input_ids"].tolist())
-            params = SamplingParams(temperature=0, max_tokens=16)
-            core.add(GenerateRequest(request_id=str(i), prompt=prompt, params=params))
-            output[str(i)] = []
-        while core.has_work:
-            for event in core.step():
-                output[event.request_id] += event.token_ids
-        for i in range(3):
-            want = expected[f"p{i}.greedy"].tolist()
-            same += sum(a == b for a, b in zip(output[str(i)], want, strict=True))
-            total += len(want)
-    print(f"golden {name:22} {dtype!s:15} {same} of {total} greedy tokens as expected")
-    return dtype != torch.float32 or same == total
+QKV = ["q", "k", "v"]
+PLACEMENTS = {"plain": None, "q k v": QKV, "all": [*QKV, "o", "gate", "up", "down"]}
+BANDWIDTH = 3.108e12
+"""Bytes per second that a read of this device's memory reaches."""
 
 
 class RandomReader:
@@ -117,8 +52,9 @@ class RandomReader:
         return torch.randn(shape, dtype=dtype or torch.bfloat16, device=CUDA) * scale
 
 
-def random_model(placement: list[str] | None) -> tuple[Decoder, int]:
+def random_model(kind: str, backend: Any = "auto") -> tuple[Decoder, int]:
     """The 1.42 B shape with convolutions after the named projections, and its bytes of weights."""
+    placement = PLACEMENTS[kind]
     conv = {"kind": "lowrank", "width": 4, "rank": 16, "placement": placement}
     config = parse_config(
         {
@@ -134,89 +70,201 @@ def random_model(placement: list[str] | None) -> tuple[Decoder, int]:
         }
     )
     reader = RandomReader()
-    ops = select_ops(CUDA)
+    ops = select_ops(CUDA, backend)
     model = Decoder(ops, config, reader, torch.bfloat16, CUDA)  # pyright: ignore[reportArgumentType]
     return model, reader.total_elements * 2
 
 
-def first_token(placement: list[str], tails: int, prefix: int = 2048) -> None:
-    """Time to the first token of a long prompt, cold and with all but its end cached."""
-    model, _ = random_model(placement)
-    sizes = CacheSizes(1024, 16, 8, model.state_spec.ring_len(), tails)
-    core = EngineCore(model, Limits(sizes, 4096, 2048, 0), (), CUDA)
-    params = SamplingParams(temperature=0, max_tokens=1)
+def prompt(length: int) -> tuple[int, ...]:
+    """Random token ids."""
+    return tuple(torch.randint(0, 100000, (length,)).tolist())
 
-    def once(tokens: list[int]) -> float:
-        torch.cuda.synchronize()
+
+def core_of(
+    model: Decoder, seqs: int, length: int, budget: int = 1024, tails: int = 0, **options: Any
+) -> EngineCore:
+    """An engine for so many sequences of at most `length` tokens."""
+    sizes = CacheSizes(seqs * -(-length // 16) + 8, 16, seqs, model.state_spec.ring_len(), tails)
+    return EngineCore(model, Limits(sizes, length, budget, 0), (), CUDA, **options)
+
+
+def generating(model: Decoder, batch: int, context: int, **options: Any) -> EngineCore:
+    """An engine in which `batch` sequences of that context have begun to generate."""
+    core = core_of(model, batch, context + 160, prefix_caching=False, **options)
+    params = SamplingParams(temperature=0, max_tokens=160)
+    for i in range(batch):
+        core.add(GenerateRequest(request_id=str(i), prompt=prompt(context), params=params))
+    while core.stats().step_tokens != batch or core.stats().steps < 4:
+        core.step()
+    for _ in range(3):
+        core.step()
+    return core
+
+
+def window(core: EngineCore, count: int) -> list[float]:
+    """Milliseconds between the results of successive steps, as a client sees them."""
+    core.step()
+    times: list[float] = []
+    last = time.perf_counter()
+    for _ in range(count):
+        core.step()
+        now = time.perf_counter()
+        times.append((now - last) * 1e3)
+        last = now
+    return times
+
+
+def steps(batches: tuple[int, ...] = (1, 8, 32, 64, 128), context: int = 1024) -> None:
+    """Steps while all sequences generate: every kind in turn, several times, in one process."""
+    models = {kind: random_model(kind) for kind in PLACEMENTS}
+    for batch in batches:
+        kinds = [k for k in PLACEMENTS if k != "all" or batch <= 64]
         started = time.perf_counter()
-        core.add(GenerateRequest(request_id="r", prompt=tuple(tokens), params=params))
-        while core.has_work:
-            core.step()
-        return (time.perf_counter() - started) * 1e3
-
-    def tokens(count: int) -> list[int]:
-        return torch.randint(0, 100000, (count,)).tolist()
-
-    for _ in range(3):  # compiles every kernel that a cold prompt or a hit needs
-        shared = tokens(prefix)
-        for _ in range(3):
-            once([*shared, *tokens(16)])
-    cold: list[float] = []
-    first: list[float] = []
-    later: list[float] = []
-    for _ in range(10):
-        shared = tokens(prefix)
-        cold.append(once([*shared, *tokens(16)]))
-        first.append(once([*shared, *tokens(16)]))
-        later.append(once([*shared, *tokens(16)]))
-    print(
-        f"first token, {prefix} + 16 tokens, {tails} tails of "
-        f"{model.state_spec.conv_tail_bytes:,} bytes: cold {statistics.median(cold):.2f} ms, "
-        f"first hit {statistics.median(first):.2f} ms, later hits {statistics.median(later):.2f} ms"
-        f", {core.stats().replayed_tokens} tokens replayed",
-        flush=True,
-    )
-
-
-def steps(placement: list[str] | None, context: int = 1024) -> None:
-    """Median time of a step while all sequences generate, at several batch sizes."""
-    model, weight_bytes = random_model(placement)
-    name = "+".join(placement) if placement else "plain"
-    for batch, graphs in ((1, False), (1, True), (8, True), (32, True), (64, True), (128, True)):
-        sizes = CacheSizes(batch * (context // 16 + 8), 16, batch, model.state_spec.ring_len())
-        limits = Limits(sizes, context + 112, 4096, 0)
-        started = time.perf_counter()
-        core = EngineCore(model, limits, (), CUDA, prefix_caching=False, graphs=graphs)
+        cores = {kind: generating(models[kind][0], batch, context) for kind in kinds}
         ready = time.perf_counter() - started
-        params = SamplingParams(temperature=0, max_tokens=100)
-        for i in range(batch):
-            prompt = tuple(torch.randint(0, 100000, (context,)).tolist())
-            core.add(GenerateRequest(request_id=str(i), prompt=prompt, params=params))
-        started = time.perf_counter()
-        while core.stats().step_tokens != batch or core.stats().steps < 2:
-            core.step()
-        torch.cuda.synchronize()
-        prefill = time.perf_counter() - started
-        times: list[float] = []
-        for _ in range(40):
-            torch.cuda.synchronize()
-            started = time.perf_counter()
-            core.step()
-            torch.cuda.synchronize()
-            times.append(time.perf_counter() - started)
-        kv = model.state_spec.kv_bytes_per_token * context * batch
-        floor = (weight_bytes + kv) / 3.108e12
-        median = statistics.median(times)
+        times: dict[str, list[float]] = {kind: [] for kind in kinds}
+        for _ in range(4):
+            for kind in kinds:
+                times[kind] += window(cores[kind], 25)
+        model, weights = models["plain"]
+        floor = (weights + model.state_spec.kv_bytes_per_token * context * batch) / BANDWIDTH * 1e3
+        host = {k: c.stats().scheduler_seconds * 1e6 for k, c in cores.items()}
+        del cores
+        torch.cuda.empty_cache()
+        text = "  ".join(
+            f"{kind} {statistics.median(t):6.3f} [{sorted(t)[10]:.3f} {sorted(t)[-10]:.3f}] "
+            f"{statistics.median(t) / floor:4.2f}x host {host[kind]:.0f} us"
+            for kind, t in times.items()
+        )
+        base = torch_step_ms(batch, context)
+        torch.cuda.empty_cache()
         print(
-            f"step {name:24} batch {batch:3} context {context} {'graph' if graphs else 'eager'}: "
-            f"{median * 1e3:7.2f} ms, floor {floor * 1e3:5.2f} ms ({median / floor:4.2f}x), "
-            f"scheduler {core.stats().scheduler_seconds * 1e6:4.0f} us; "
-            f"prefill {batch * context / prefill:9,.0f} tok/s; ready in {ready:.1f} s",
+            f"step ms, batch {batch:3}, context {context}: floor {floor:5.2f}  torch {base:6.3f}  "
+            f"{text}  (made in {ready:.1f} s)",
             flush=True,
         )
+
+
+def load(counts: tuple[int, ...] = (64, 256), budget: int = 2048) -> None:
+    """Whole loads: so many prompts of 256 tokens at once, 128 tokens each."""
+    for kind in ("plain", "q k v"):
+        model, _ = random_model(kind)
+        for count in counts:
+            started = time.perf_counter()
+            core = core_of(model, count, 400, budget, prefix_caching=False)
+            ready = time.perf_counter() - started
+            rates: list[float] = []
+            params = SamplingParams(temperature=0, max_tokens=128, ignore_eos=True)
+            for _ in range(3):
+                requests = [
+                    GenerateRequest(request_id=str(i), prompt=prompt(256), params=params)
+                    for i in range(count)
+                ]
+                started = time.perf_counter()
+                for request in requests:
+                    core.add(request)
+                while core.has_work:
+                    core.step()
+                rates.append(count * 128 / (time.perf_counter() - started))
+            print(
+                f"load {kind:6} {count} x (256 + 128): "
+                f"{', '.join(f'{r:,.0f}' for r in rates)} output tok/s; graphs in {ready:.1f} s",
+                flush=True,
+            )
+            del core
+            torch.cuda.empty_cache()
+
+
+def prefix(length: int = 2048) -> None:
+    """Time to the first token of a long prompt, cold and with all but its end cached."""
+    model, _ = random_model("q k v")
+    params = SamplingParams(temperature=0, max_tokens=1)
+    for tails in (64, 0):
+        core = core_of(model, 8, 4096, 2048, tails)
+
+        def once(tokens: tuple[int, ...], core: EngineCore = core) -> float:
+            torch.cuda.synchronize()
+            started = time.perf_counter()
+            core.add(GenerateRequest(request_id="r", prompt=tokens, params=params))
+            while core.has_work:
+                core.step()
+            return (time.perf_counter() - started) * 1e3
+
+        times: dict[str, list[float]] = {"128 cold": [], "cold": [], "first hit": [], "later": []}
+        for turn in range(13):
+            shared = prompt(length)
+            took = {
+                "128 cold": once(prompt(128)),
+                "cold": once(shared),
+                "first hit": once(shared + prompt(16)),
+                "later": once(shared + prompt(16)),
+            }
+            if turn >= 3:  # the first ones compile what has no graph
+                for name, ms in took.items():
+                    times[name].append(ms)
+        text = ", ".join(f"{name} {statistics.median(t):.2f}" for name, t in times.items())
+        print(f"first token ms, {length} + 16 tokens, {tails} tails: {text}", flush=True)
+        del core, once
+        torch.cuda.empty_cache()
+
+
+def deterministic(context: int = 1024) -> None:
+    """What one way to multiply and to attend costs."""
+    for backend in ("auto", "deterministic"):
+        model, _ = random_model("q k v", backend)
+        for batch in (1, 32, 64):
+            core = generating(model, batch, context)
+            ms = statistics.median(window(core, 50))
+            print(f"{backend:14} batch {batch:3}: step {ms:.3f} ms", flush=True)
+            del core
+            torch.cuda.empty_cache()
+
+
+def profile(context: int = 1024) -> None:
+    """Where the time of a step goes: kernels by share, and how long the device stands idle."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as trace
+
+    model, _ = random_model("q k v")
+    for batch in (1, 8, 64):
+        core = generating(model, batch, context)
+        window(core, 5)
+        torch.cuda.synchronize()
+        with trace(activities=[ProfilerActivity.CUDA]) as traced:
+            started = time.perf_counter()
+            for _ in range(20):
+                core.step()
+            torch.cuda.synchronize()
+            wall = time.perf_counter() - started
+        rows = sorted(traced.key_averages(), key=lambda e: -e.self_device_time_total)
+        busy = sum(e.self_device_time_total for e in rows) / 1e6
+        print(f"batch {batch}: {wall / 20 * 1e3:.3f} ms a step, device busy {busy / wall:.1%}")
+        for e in rows[:22]:
+            print(
+                f"  {e.self_device_time_total / 20:8.1f} us {e.count / 20:6.1f} x  {e.key[:90]}",
+                flush=True,
+            )
         del core
-    del model
-    torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
+
+
+def main() -> int:
+    """Runs the named parts, or steps, load and prefix."""
+    parts = {f.__name__: f for f in (steps, load, prefix, profile, deterministic)}
+    wanted = sys.argv[1:] or ["steps", "load", "prefix"]
+    if unknown := set(wanted) - set(parts):
+        print(f"no part {', '.join(sorted(unknown))}; there are {', '.join(parts)}")
+        return 2
+    print(torch.cuda.get_device_name(), "torch", torch.__version__)
+    failed = 0
+    for name in wanted:
+        try:
+            parts[name]()
+        except Exception:
+            failed += 1
+            print(name, "FAILED\n", traceback.format_exc(limit=-8), flush=True)
+        torch.cuda.empty_cache()
+    return int(failed > 0)
 
 
 if __name__ == "__main__":

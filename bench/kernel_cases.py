@@ -1,4 +1,4 @@
-"""What bench/kernels.py measures: operands, candidate launch shapes, peers, and byte counts.
+"""What bench/kernels.py measures of single ops: operands, launch shapes, peers, byte counts.
 
 Shapes are those of a 1.42 B model: hidden 2048, 16 heads of 128, SwiGLU 5504, vocabulary 100,352.
 """
@@ -165,18 +165,13 @@ def prefill_conv(tune: bool) -> Iterator[dict[str, Any]]:
             rope = torch.randn(rows, DIM, device="cuda")
             pages = int(batch.pages.max()) + 1
             if kind == "lowrank":
-                tiles = [ConvTile(m, 32, 1, "runs") for m in (32, 64, 128, 256)]
-                tiles += [ConvTile(64, 32, 4, "swap"), ConvTile(32, 64, 4, "dot")]
-                fused = [ConvTile(64, 32, 4, "swap"), ConvTile(16, 64, 4, "dot"),
-                         ConvTile(16, 32, 2, "dot"),
-                         ConvTile(32, 32, 4, "dot"), ConvTile(16, 32, 4, "dot")]  # fmt: skip
+                tiles = [ConvTile(64, 32, 1, "runs"), ConvTile(128, 32, 1, "runs"),
+                         ConvTile(64, 32, 4, "swap"), ConvTile(64, 32, 4, "swap", 4)]  # fmt: skip
+                fused = [ConvTile(64, 32, 4, "swap"), ConvTile(64, 32, 4, "swap", 4)]
             else:
-                tiles = [ConvTile(m, n, 1, "runs") for m, n in (
-                    (32, 64), (64, 64), (8, 128), (16, 128),
-                    (4, 256), (8, 256), (16, 256))]  # fmt: skip
-                tiles += [ConvTile(4, 256, 4, ""), ConvTile(8, 128, 4, ""), ConvTile(8, 64, 2, "")]
-                fused = [ConvTile(16, 64, 4, ""), ConvTile(8, 64, 4, ""), ConvTile(16, 64, 8, ""),
-                         ConvTile(8, 64, 2, ""), ConvTile(4, 64, 1, "")]  # fmt: skip
+                tiles = [ConvTile(m, n, 1, "runs") for m, n in ((4, 256), (8, 256), (4, 128))]
+                fused = [ConvTile(8, 64, 4), ConvTile(4, 64, 2), ConvTile(16, 64, 1, "runs"),
+                         ConvTile(8, 64, 1, "runs")]  # fmt: skip
 
             def make(
                 seqs: int = seqs, kind: str = kind, batch: FlatBatch = batch, rows: int = rows,
@@ -257,7 +252,7 @@ def decode_attention(tune: bool) -> Iterator[dict[str, Any]]:
         (32, 4096),
         (64, 4096),
     ]
-    for seqs, context in shapes:
+    for seqs, context in shapes[:3] if tune else shapes:
         for page in (16, 64, 256) if not tune else (16,):
             batch = make_batch(seqs, 1, context - 1, page)
 
@@ -272,12 +267,10 @@ def decode_attention(tune: bool) -> Iterator[dict[str, Any]]:
                 if tune:
                     tiles = {}
                     full = max(1, 528 // (seqs * HEADS))
-                    wanted = {full, max(1, full // 2), min(2 * full, context // 64), full + 1}
-                    for splits in sorted(wanted):
+                    for splits in sorted({min(full, context // 32), min(full, context // 64)}):
                         for keys, warps, stages in (
-                            (32, 4, 4), (64, 4, 2), (64, 4, 3), (64, 4, 4), (128, 4, 2),
-                            (128, 8, 2),
-                            (32, 2, 4), (64, 2, 3),
+                            (64, 4, 2), (64, 4, 3), (32, 4, 3), (32, 4, 4), (64, 8, 2), (64, 8, 3),
+                            (32, 2, 3), (128, 8, 2), (128, 4, 2),
                         ):  # fmt: skip
                             tiles[f"{keys}w{warps}s{stages}/{splits}"] = SplitTile(
                                 keys, splits, warps, stages
@@ -315,9 +308,9 @@ def chunk(tune: bool) -> Iterator[dict[str, Any]]:
             tiles: dict[str, ChunkTile | None] = {"ours": None}
             if tune:
                 tiles = {f"{m}x{n}w{w}s{s}": ChunkTile(m, n, w, s) for m, n, w, s in (
-                    (64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 4, 3), (128, 64, 8, 2),
-                    (128, 64, 8, 3),
-                    (128, 128, 8, 2), (64, 128, 4, 2), (128, 32, 4, 3))}  # fmt: skip
+                    (64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 4), (128, 64, 8, 2),
+                    (128, 64, 8, 3), (128, 32, 8, 3), (128, 128, 8, 2),
+                    (256, 32, 16, 3))}  # fmt: skip
             calls: Calls = {
                 n: (lambda t=t: chunk_attention.chunk(q, k, v, batch, 0.088, None, out, 1, t))
                 for n, t in tiles.items()
@@ -340,7 +333,7 @@ LAYERS = {"qkvz": (3 * H + 48, H), "o": (H, H), "gate_up": (2 * INNER, H), "down
 
 def linear_layers(tune: bool) -> Iterator[dict[str, Any]]:
     """Each linear layer of a step beside cuBLAS."""
-    for rows in (1, 2, 4, 8, 16, 32, 64, 128, 256):
+    for rows in (4, 8, 16, 32) if tune else (1, 2, 4, 8, 16, 32, 64, 128, 256):
         for layer, (outputs, depth) in LAYERS.items():
 
             def make(rows: int = rows, outputs: int = outputs, depth: int = depth) -> Calls:
@@ -348,36 +341,39 @@ def linear_layers(tune: bool) -> Iterator[dict[str, Any]]:
                 calls: Calls = {"cuBLAS": lambda: F.linear(x, weight)}
                 tiles: dict[str, LinearTile | None] = {"ours": None}
                 if tune:
-                    tiles = {linear_name(t): t for t in linear_candidates(rows, outputs)}
+                    tiles = {linear_name(t): t for t in linear_candidates(rows, outputs, depth)}
                 for name, t in tiles.items():
                     calls[name] = lambda t=t: linear(x, weight, None, t)
                 return calls
 
-            if tune and rows > 8:
+            if tune and layer == "lm_head" and rows not in (4, 16):
                 continue
             size = outputs * depth * 2 + rows * (outputs + depth) * 2
             yield {"name": f"{layer} rows {rows}", "bytes": size, "make": make}
 
 
-def linear_candidates(rows: int, outputs: int) -> list[LinearTile]:
+def linear_candidates(rows: int, outputs: int, depth: int) -> list[LinearTile]:
     tiles: list[LinearTile] = []
-    if rows <= 8:
+    if rows <= 4:
         tiles += [LinearTile(rows, n, k, w, 1) for n, k, w in (
-            (4, 2048, 8), (2, 2048, 4), (1, 2048, 2), (1, 1024, 1), (1, 2048, 4), (2, 1024, 2),
-            (4, 1024, 4), (1, 512, 1), (1, 1024, 2), (2, 512, 2))]  # fmt: skip
-    if rows <= 16:
-        tiles += [LinearTile(16, n, k, w, s) for n, k, w, s in (
-            (16, 256, 4, 3), (16, 256, 4, 5), (16, 512, 4, 3), (16, 128, 2, 6), (32, 256, 4, 4),
-            (32, 128, 4, 6), (64, 128, 4, 4), (64, 64, 4, 6), (16, 512, 8, 4))]  # fmt: skip
-    else:
-        tiles += [LinearTile(32, n, k, w, s) for n, k, w, s in (
-            (16, 256, 4, 4), (32, 128, 4, 5), (32, 256, 4, 3), (64, 128, 4, 4),
-            (64, 64, 4, 6))]  # fmt: skip
+            (2, 2048, 4), (1, 2048, 2), (1, 1024, 2), (2, 1024, 2), (4, 1024, 4))]  # fmt: skip
+    if rows > 2:
+        m = next(m for m in (8, 16, 32, 64) if rows <= m)
+        tiles += [LinearTile(m, n, k, w, s, b) for n, k, w, s, b in (
+            (64, 128, 4, 4, 1), (64, 256, 4, 3, 1), (32, 128, 4, 5, 1), (32, 256, 4, 4, 1),
+            (16, 512, 4, 4, 4), (16, 512, 8, 5, 8), (16, 512, 8, 8, 8), (16, 1024, 8, 4, 8),
+            (16, 1024, 16, 4, 16), (32, 512, 8, 4, 8))
+            if (n + m) * k * s * 2 < 230_000]  # fmt: skip
+        if (16 + m) * depth * 2 < 230_000:
+            tiles += [LinearTile(m, 16, k, w, 0, w) for k, w in (
+                (2048, 8), (1024, 4), (2048, 16))]  # fmt: skip
     return tiles
 
 
 def linear_name(t: LinearTile) -> str:
-    return f"{t.rows}x{t.outputs}k{t.depth}w{t.warps}s{t.stages}"
+    return f"{t.rows}x{t.outputs}k{t.depth}w{t.warps}s{t.stages}" + (
+        f"/{t.slices}" if t.slices > 1 else ""
+    )
 
 
 SECTIONS: dict[str, Callable[[bool], Iterator[dict[str, Any]]]] = {

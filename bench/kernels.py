@@ -23,11 +23,13 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import _import  # noqa: F401
 import kernel_cases
+import kernel_steps
 import torch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+SECTIONS = {**kernel_cases.SECTIONS, **kernel_steps.SECTIONS}
 READ_CEILING = 3.108e6
 """Bytes a microsecond: what a plain read kernel reaches on the H100 (the byte floors' divisor)."""
 
@@ -50,6 +52,7 @@ class Case:
 def time_calls(calls: list[Callable[[], object]], replays: int = 7) -> float:
     """Microseconds a call, chained in one graph."""
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         calls[0]()
     torch.cuda.synchronize()
@@ -139,11 +142,11 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--share", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    sections = options.sections or list(kernel_cases.SECTIONS)
+    sections = options.sections or list(SECTIONS)
 
     def cases() -> Iterator[Case]:
         for section in sections:
-            for case in kernel_cases.SECTIONS[section](options.tune):
+            for case in SECTIONS[section](options.tune):
                 yield Case(section, **case)
 
     if options.share:

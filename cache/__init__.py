@@ -1,4 +1,4 @@
-"""State of sequences: KV pages, conv rings and tails, and the books over them.
+"""State of sequences: KV pages, conv rings, recurrent states, tails, and the books over them.
 
 Other rooms use `CacheManager` (the books) and `CacheStorage` (the tensors); models read `specs`.
 """
@@ -6,8 +6,9 @@ Other rooms use `CacheManager` (the books) and `CacheStorage` (the tensors); mod
 from __future__ import annotations
 
 from .copies import Copies
-from .manager import Admission, CacheManager, CacheSizes
-from .specs import AttentionSpec, ConvSpec, LayerSpec, LayerState, StateSpec
+from .manager import CacheManager
+from .records import Admission, CacheSizes
+from .specs import AttentionSpec, ConvSpec, LayerSpec, LayerState, RecurrentSpec, StateSpec
 from .storage import CacheStorage
 
 __all__ = [
@@ -20,5 +21,6 @@ __all__ = [
     "Copies",
     "LayerSpec",
     "LayerState",
+    "RecurrentSpec",
     "StateSpec",
 ]

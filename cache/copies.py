@@ -16,11 +16,11 @@ class Copies:
     pages: list[tuple[PageId, PageId]] = field(default_factory=list)
     """(from, to): a partial page that gets a second owner."""
     slots: list[tuple[SlotId, SlotId]] = field(default_factory=list)
-    """(from, to): a whole ring."""
+    """(from, to): everything in a slot."""
     saves: list[tuple[SlotId, int, TailId]] = field(default_factory=list)
-    """(slot, position, tail): the window before `position` from ring to tail."""
+    """(slot, position, tail): what a tail holds, at `position`, from slot to tail."""
     loads: list[tuple[TailId, SlotId, int]] = field(default_factory=list)
-    """(tail, slot, position): the window before `position` from tail to ring."""
+    """(tail, slot, position): the state at `position` from tail to slot."""
 
     def __bool__(self) -> bool:
         return bool(self.pages or self.slots or self.saves or self.loads)

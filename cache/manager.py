@@ -9,6 +9,10 @@ A prefix of full pages that another sequence computed is shared, never written a
 values are in the pages; the conv windows at its end come from a stored tail, or from *replay*: the
 last tokens before it are run again, reading the cached keys and values and writing none. A finite
 filter forgets, so after the model's replay length every window is exact whatever it held before.
+
+A recurrent state never forgets and moves on with every token. For a model that has one (replay
+length None) a prefix is usable where a tail is stored and nowhere else, and a tail can be saved
+only while the state stands at its position: chunks end where a tail is worth having.
 """
 
 from __future__ import annotations
@@ -21,54 +25,22 @@ from typing import TYPE_CHECKING
 from .copies import Copies
 from .pools import PageId, PagePool, SequenceId, SlotId, SlotPool
 from .prefix import Key, PrefixIndex
+from .records import Admission
 from .tails import TailPool
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from .pools import TailId
+    from .records import CacheSizes
 
 
 TAIL_STRIDE = 16
 """Pages between the boundaries of one sequence whose tails are not replaced by later ones."""
 
-
-@dataclass(frozen=True)
-class CacheSizes:
-    """How much state there is room for."""
-
-    num_pages: int
-    page_size: int
-    """Tokens per page."""
-    num_slots: int
-    ring_len: int
-    num_tails: int = 0
-    """Conv windows that can be stored at page boundaries."""
-
-    @property
-    def capacity(self) -> int:
-        """Tokens that fit in the page pool."""
-        return self.num_pages * self.page_size
-
-
-@dataclass(frozen=True)
-class Admission:
-    """Where an admitted sequence starts."""
-
-    start: int = 0
-    """First position to compute; 0 < start < shared means the rows in between are a replay."""
-    shared: int = 0
-    """Positions whose keys and values are shared with others; never written."""
-
-    @property
-    def num_cached(self) -> int:
-        """Tokens that the cache spared, a short replay before their end apart."""
-        return self.shared if self.start else 0
-
-    @property
-    def num_replayed(self) -> int:
-        """Cached tokens that are run again for their conv windows."""
-        return self.num_cached and self.shared - self.start
+RECURRENT_STRIDE = 4
+"""Pages between the boundaries where a generating sequence's recurrent state is stored: a copy is
+as large as what a step reads and writes of the state."""
 
 
 @dataclass
@@ -80,10 +52,18 @@ class _Holding:
     keys: list[Key]
     """Keys of the first pages, as far as they are known to be full."""
     root: Key
-    cut: int | None = None
-    """A boundary where others branched off: a tail there is worth a step of its own."""
+    cuts: list[int] = field(default_factory=list)
+    """Boundaries, ascending, where a tail is worth a step of its own: where others branched off,
+    and in recurrent models the last one that another prompt like this could start from."""
     rolling: Key | None = None
     """The sequence's own latest tail, which its next one replaces."""
+    num_computed: int = 0
+    """Tokens whose state is computed, as far as known."""
+    nameless: tuple[int, TailId] | None = None
+    """(position, tail) saved before the last token there is known."""
+    passed: int = 0
+    """Pages at the beginning that every layer's window has passed: they are given back, and stay in
+    the table, where nobody sees more of them than that their contents are finite."""
 
 
 @dataclass
@@ -92,6 +72,8 @@ class _Match:
     keys: list[Key] = field(default_factory=list)
     admission: Admission = field(default_factory=Admission)
     tail: tuple[Key, TailId] | None = None
+    matched: int = 0
+    """Tokens in cached pages, whether usable or not."""
 
 
 class CacheManager:
@@ -102,15 +84,18 @@ class CacheManager:
         sizes: CacheSizes,
         *,
         replay_length: int | None = 0,
+        window: int | None = None,
         prefix_caching: bool = True,
     ) -> None:
         """
         Args:
             replay_length: see `StateSpec.replay_length`; None if only tails make a prefix usable.
+            window: see `StateSpec.window`; pages behind it are given back.
             prefix_caching: whether prefixes are kept and shared between requests.
         """
         self.sizes = sizes
         self._replay_length = replay_length
+        self._window = window
         self._prefix_caching = prefix_caching
         self._index = PrefixIndex(sizes.page_size)
         self._pages = PagePool(sizes.num_pages, self._index.remove)
@@ -181,26 +166,37 @@ class CacheManager:
             key, tail = match.tail
             self._tails.touch(key)
             self._copies.loads.append((tail, slot, admission.start))
-        if admission.start < admission.shared and self._tails.num_tails:
-            holding.cut = admission.shared
+        holding.num_computed = admission.start
+        if self._tails.num_tails and self._prefix_caching:
+            holding.cuts = self._cuts(match, len(tokens))
         return admission
 
     def extend(self, seq: SequenceId, num_tokens: int) -> bool:
         """Makes the sequence's pages cover `num_tokens` tokens; refuses if too few are free."""
         holding = self._held[seq]
-        needed = self.pages_for(num_tokens) - len(holding.pages)
+        self._give_back_passed(holding)
+        needed = -(-num_tokens // self.sizes.page_size) - len(holding.pages)
+        if needed <= 0:
+            return True
         if needed > self._pages.num_available:
             return False
-        if needed > 0:
-            holding.pages += self._pages.take(needed)
+        holding.pages += self._pages.take(needed)
         return True
 
-    def commit(self, seq: SequenceId, tokens: Sequence[int], num_computed: int) -> None:
+    def commit(
+        self, seq: SequenceId, tokens: Sequence[int], num_computed: int, ahead: int = 0
+    ) -> None:
         """Takes note that the state of `tokens[:num_computed]` is computed and will not be taken
-        back: full pages are indexed, and at a page boundary the conv windows are stored."""
+        back: full pages are indexed, and at a page boundary the conv windows are stored.
+
+        Args:
+            ahead: tokens after `num_computed` that steps launched so far have computed as well, at
+                most ring_len - (W - 1), so that the windows are still in the ring.
+        """
+        holding, size = self._held[seq], self.sizes.page_size
+        holding.num_computed = num_computed
         if not self._prefix_caching:
             return
-        holding, size = self._held[seq], self.sizes.page_size
         keys = holding.keys
         while (len(keys) + 1) * size <= num_computed:
             i = len(keys)
@@ -210,15 +206,33 @@ class CacheManager:
             self._index.add(holding.pages[i], key, before, part)
             keys.append(key)
         # Windows inside a replay are not exact; at its end they are.
-        is_exact = num_computed > holding.shared or num_computed == holding.cut
+        is_exact = num_computed > holding.shared or num_computed in holding.cuts
         if num_computed % size == 0 and is_exact:
-            self._save_tail(holding, num_computed)
+            self._save_tail(holding, num_computed, ahead)
+
+    def foresee(self, seq: SequenceId, num_computed: int) -> None:
+        """Takes note that the step just planned computes the state up to `num_computed`, the last
+        token of which is not known yet; `commit` follows when it is.
+
+        A recurrent state will have moved on by then, so it is copied without a name.
+        """
+        pages, partial = divmod(num_computed, self.sizes.page_size)
+        if self._replay_length is not None or not self._prefix_caching:
+            return
+        if partial or pages % RECURRENT_STRIDE:
+            return
+        holding = self._held[seq]
+        self._drop_nameless(holding)
+        tail = self._tails.store_nameless()
+        if tail is not None:
+            self._queue_save(holding, num_computed, tail)
+            holding.nameless = (num_computed, tail)
 
     def fork(self, parent: SequenceId, child: SequenceId, position: int) -> bool:
         """Gives `child` the parent's state at `position`: full pages shared, a partial one copied.
 
-        The parent may stand further on, by at most ring_len - (W - 1) tokens. Refuses, changing
-        nothing, if it does not fit.
+        The parent may stand further on, by at most ring_len - (W - 1) tokens, or not at all if the
+        model is recurrent. Refuses, changing nothing, if it stands elsewhere or it does not fit.
         """
         assert child not in self._held, f"sequence {child} admitted twice"
         size = self.sizes.page_size
@@ -227,12 +241,15 @@ class CacheManager:
         fresh = 1 if partial else 0
         if not self._slots.num_free or fresh > self._pages.num_available:
             return False
+        if self._replay_length is None and source.num_computed != position:
+            return False
         shared = source.pages[:full]
-        for page in shared:
+        for page in shared[source.passed :]:
             self._pages.share(page)
         own = self._pages.take(fresh)
         slot = self._slots.take()
-        self._hold(child, slot, shared + own, full * size, source.keys[:full], source.root)
+        held = self._hold(child, slot, shared + own, full * size, source.keys[:full], source.root)
+        held.num_computed, held.passed = position, min(source.passed, full)
         self._copies.pages.extend((source.pages[full], page) for page in own)
         self._copies.slots.append((source.slot, slot))
         return True
@@ -242,9 +259,10 @@ class CacheManager:
         holding = self._held.pop(seq, None)
         if holding is None:
             return
+        self._drop_nameless(holding)
         self._slots.drop(holding.slot)
         # Last pages first, so that a prefix is never evicted before what follows it.
-        for page in reversed(holding.pages):
+        for page in reversed(holding.pages[holding.passed :]):
             self._pages.drop(page, keep=page in self._index)
 
     def reset_prefixes(self) -> None:
@@ -274,7 +292,8 @@ class CacheManager:
 
     def cut(self, seq: SequenceId) -> int | None:
         """A position that a chunk of the sequence should end at, if it would cross it."""
-        return self._held[seq].cut
+        held = self._held[seq]
+        return next((cut for cut in held.cuts if cut > held.num_computed), None)
 
     def admission(self, seq: SequenceId) -> int:
         """A number that is new each time the sequence is admitted: within one, its page table only
@@ -286,15 +305,25 @@ class CacheManager:
         holding = self._held[seq]
         size = self.sizes.page_size
         assert stop <= len(holding.pages) * size, f"sequence {seq} writes past its pages"
-        for page in holding.pages[start // size : self.pages_for(stop)]:
+        for i in range(start // size, -(-stop // size)):
+            page = holding.pages[i]
             assert self._pages.owners(page) == 1, f"sequence {seq} writes shared page {page}"
 
     def check_integrity(self) -> None:
         """Recomputes every derived count; raises AssertionError on a difference."""
-        owners = Counter(page for held in self._held.values() for page in held.pages)
+        owners = Counter(page for held in self._held.values() for page in held.pages[held.passed :])
         self._pages.check(dict(owners), self._index.indexed)
         self._slots.check([held.slot for held in self._held.values()])
         self._tails.check()
+
+    def _give_back_passed(self, holding: _Holding) -> None:
+        if self._window is None:
+            return
+        seen = max(0, holding.num_computed - self._window + 1)
+        while (holding.passed + 1) * self.sizes.page_size <= seen:
+            page = holding.pages[holding.passed]
+            self._pages.drop(page, keep=page in self._index)
+            holding.passed += 1
 
     def _match(self, root: Key, tokens: Sequence[int]) -> _Match:
         """The longest usable cached prefix, and how its end is reached.
@@ -321,27 +350,55 @@ class CacheManager:
             start = max(stored, shared - self._replay_length, 0)
         if start != stored:
             tail = None
-        return _Match(pages[:count], keys[:count], Admission(start, shared), tail)
+        matched = len(pages) * size
+        return _Match(pages[:count], keys[:count], Admission(start, shared), tail, matched)
 
-    def _save_tail(self, holding: _Holding, position: int) -> None:
-        """Stores the windows at a boundary. They stay where others branched off and on a stride;
-        elsewhere the sequence's next ones replace them, so that its last ones remain."""
+    def _cuts(self, match: _Match, num_tokens: int) -> list[int]:
+        """See `_Holding.cuts`."""
+        start, size = match.admission.start, self.sizes.page_size
+        cuts = {match.matched}
+        if self._replay_length is None:
+            cuts.add((num_tokens - 1) // size * size)
+        return sorted(cut for cut in cuts if cut > start)
+
+    def _save_tail(self, holding: _Holding, position: int, ahead: int) -> None:
+        """Stores the tail of a boundary. It stays where others branched off and on a stride;
+        elsewhere the sequence's next one replaces it, so that its last one remains."""
         pages = position // self.sizes.page_size
         key = holding.keys[pages - 1]
-        stays = position == holding.cut or pages % TAIL_STRIDE == 0
-        if position == holding.cut:
-            holding.cut = None
+        is_cut = position in holding.cuts
+        holding.cuts = [cut for cut in holding.cuts if cut > position]
+        nameless = None
+        if self._replay_length is None and not is_cut:
+            if pages % RECURRENT_STRIDE:
+                return
+            if holding.nameless is not None and holding.nameless[0] == position:
+                nameless, holding.nameless = holding.nameless[1], None
+            elif ahead:
+                return
         if holding.rolling is not None:
             self._tails.drop(holding.rolling)
             holding.rolling = None
-        tail = self._tails.store(key)
-        if tail is None:
-            return
+        if nameless is not None:
+            if not self._tails.name(nameless, key):
+                return
+        else:
+            tail = self._tails.store(key)
+            if tail is None:
+                return
+            self._queue_save(holding, position, tail)
+        if not is_cut and pages % TAIL_STRIDE:
+            holding.rolling = key
+
+    def _queue_save(self, holding: _Holding, position: int, tail: TailId) -> None:
         saves = self._copies.saves
         saves[:] = [save for save in saves if save[2] != tail]  # what it evicted, just saved
         saves.append((holding.slot, position, tail))
-        if not stays:
-            holding.rolling = key
+
+    def _drop_nameless(self, holding: _Holding) -> None:
+        if holding.nameless is not None:
+            self._tails.discard(holding.nameless[1])
+            holding.nameless = None
 
     def _hold(
         self,

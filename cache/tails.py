@@ -1,8 +1,9 @@
-"""Which tails are stored: the conv windows at page boundaries, under a budget of their own.
+"""Which tails are stored: what of a slot belongs to a page boundary, under a budget of its own.
 
-A tail is the last W - 1 inputs of every convolution at one position. Its name is the key of the
-page that ends there. Tails come and go apart from pages; one whose pages are gone is found by
-nobody and falls out in its turn.
+A tail is the last W - 1 inputs of every convolution at one position, and the recurrent state there
+if the model has one. Its name is the key of the page that ends there; one that is copied before the
+last token of that page is known gets its name later. Tails come and go apart from pages; one whose
+pages are gone is found by nobody and falls out in its turn.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ class TailPool:
         """Tails that made room for others, since the start."""
         self._free = [TailId(t) for t in reversed(range(num_tails))]
         self._tails: OrderedDict[Key, TailId] = OrderedDict()
+        self._nameless: set[TailId] = set()
 
     @property
     def num_stored(self) -> int:
@@ -41,17 +43,35 @@ class TailPool:
 
     def store(self, key: Key) -> TailId | None:
         """A place for a new tail; None if it is there already or there is no room at all."""
-        if self.num_tails == 0:
-            return None
         if key in self._tails:
             self.touch(key)
             return None
-        if not self._free:
-            _, evicted = self._tails.popitem(last=False)
-            self._free.append(evicted)
-            self.num_evicted += 1
-        tail = self._tails[key] = self._free.pop()
+        tail = self._take()
+        if tail is not None:
+            self._tails[key] = tail
         return tail
+
+    def store_nameless(self) -> TailId | None:
+        """A place for a new tail that `name` or `discard` is called for later."""
+        tail = self._take()
+        if tail is not None:
+            self._nameless.add(tail)
+        return tail
+
+    def name(self, tail: TailId, key: Key) -> bool:
+        """Names a nameless tail; False, giving it up, if there is one of that name already."""
+        if key in self._tails:
+            self.touch(key)
+            self.discard(tail)
+            return False
+        self._nameless.remove(tail)
+        self._tails[key] = tail
+        return True
+
+    def discard(self, tail: TailId) -> None:
+        """Gives up a nameless tail."""
+        self._nameless.remove(tail)
+        self._free.append(tail)
 
     def drop(self, key: Key) -> None:
         """Forgets a tail if it is stored."""
@@ -66,5 +86,12 @@ class TailPool:
 
     def check(self) -> None:
         """Raises AssertionError unless every tail is free or stored, once."""
-        everything = sorted([*self._free, *self._tails.values()])
+        everything = sorted([*self._free, *self._nameless, *self._tails.values()])
         assert everything == list(range(self.num_tails)), "tails lost or twice"
+
+    def _take(self) -> TailId | None:
+        if not self._free and self._tails:
+            _, evicted = self._tails.popitem(last=False)
+            self._free.append(evicted)
+            self.num_evicted += 1
+        return self._free.pop() if self._free else None

@@ -1,7 +1,7 @@
 """The engine: schedules, batches and runs a model over paged and position-addressed state.
 
-`LLM`, `SamplingParams` and `Completion` are the offline interface. They load on first use, so that
-the server, which only talks to an engine process, never imports torch.
+`LLM`, `SamplingParams`, `Grammar` and `Completion` are the offline interface. They load on first
+use, so that the server, which only talks to an engine process, never imports torch.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .llm import LLM, Completion
-    from .messages import SamplingParams
+    from .messages import Grammar, SamplingParams
 
-__all__ = ["LLM", "Completion", "SamplingParams"]
+__all__ = ["LLM", "Completion", "Grammar", "SamplingParams"]
 
 
 def __getattr__(name: str) -> Any:
@@ -20,8 +20,8 @@ def __getattr__(name: str) -> Any:
         from . import llm
 
         return getattr(llm, name)
-    if name == "SamplingParams":
-        from .messages import SamplingParams
+    if name in ("Grammar", "SamplingParams"):
+        from . import messages
 
-        return SamplingParams
+        return getattr(messages, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from .plan import StepPlan
 
 
+FED = -1
+"""In `token_ids`: the token that the step before has chosen for this slot."""
+
+
 class BatchBuilder:
     """Builds ForwardBatch records for one cache, on the host."""
 
@@ -41,32 +45,40 @@ class BatchBuilder:
         """Tensors of a non-empty plan."""
         works, sizes = plan.works, self._cache.sizes
         count = len(works)
-        starts = np.fromiter((w.start for w in works), np.int32, count)
-        rows = np.fromiter((w.rows for w in works), np.int32, count)
+        ids = [w.seq.id for w in works]
+        starts = np.array([w.start for w in works], np.int32)
+        rows = np.array([w.rows for w in works], np.int32)
         ends = starts + rows
         offsets = np.zeros(count + 1, np.int32)
         np.cumsum(rows, out=offsets[1:])
-        slots = np.fromiter((self._cache.slot(w.seq.id) for w in works), np.int32, count)
-        for work in works:
-            self._refresh(work.seq.id)
+        for seq in ids:
+            self._refresh(seq)
+        slots = np.array([self._cache.slot(seq) for seq in ids], np.int32)
         max_len = int(ends.max())
         pages = self._table[slots, : self._cache.pages_for(max_len)]
 
         row_seq = np.repeat(np.arange(count, dtype=np.int32), rows)
         positions = np.arange(offsets[-1], dtype=np.int64) - (offsets[:-1] - starts)[row_seq]
-        page = pages[row_seq, positions // sizes.page_size].astype(np.int64)
-        shared = np.fromiter((self._cache.shared(w.seq.id) for w in works), np.int64, count)
-        kv_rows = page * sizes.page_size + positions % sizes.page_size
+        index, inside = np.divmod(positions, sizes.page_size)
+        page = pages[row_seq, index].astype(np.int64)
+        shared = np.array([self._cache.shared(seq) for seq in ids], np.int64)
+        kv_rows = page * sizes.page_size + inside
         # A replay reads what others share and writes none of it.
         kv_rows[positions < shared[row_seq]] = PADDING
         ring_rows = slots[row_seq].astype(np.int64) * sizes.ring_len + positions % sizes.ring_len
         ring_rows[positions < (ends - sizes.ring_len)[row_seq]] = PADDING
 
-        tokens = [t for w in works for t in w.seq.tokens[w.start : w.stop]]
+        tokens: list[int] = []
         logit_rows: list[int] = []
         for work, offset in zip(works, offsets.tolist(), strict=False):
-            first = offset + work.score_from
-            logit_rows += range(first, first + work.score_rows)
+            if work.is_fed:
+                tokens += work.seq.tokens[work.start :]
+                tokens.append(FED)
+            else:
+                tokens += work.seq.tokens[work.start : work.stop]
+            if work.score_rows:
+                first = offset + work.score_from
+                logit_rows += range(first, first + work.score_rows)
             if work.samples:
                 logit_rows.append(offset + work.rows - 1)
         flat = FlatBatch(
@@ -81,7 +93,7 @@ class BatchBuilder:
             ring_len=sizes.ring_len,
             max_rows=int(rows.max()),
             max_len=max_len,
-            spans=tuple((w.start, w.rows) for w in works),
+            spans=tuple(zip(starts.tolist(), rows.tolist(), strict=True)),
         )
         return ForwardBatch(
             token_ids=torch.from_numpy(np.array(tokens, dtype=np.int64)),
@@ -89,6 +101,9 @@ class BatchBuilder:
             state=self._state,
             logit_rows=torch.from_numpy(np.array(logit_rows, dtype=np.int64)),
             shared=tuple(shared.tolist()) if (starts < shared).any() else None,
+            logit_seqs=None
+            if any(w.score_rows for w in works)
+            else tuple(i for i, w in enumerate(works) if w.samples),
         )
 
     def _refresh(self, seq: SequenceId) -> None:

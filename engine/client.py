@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator
+    from collections.abc import AsyncGenerator, Callable
 
     from .messages import EngineInfo, EngineStats, GenerateRequest, TokenEvent
 
@@ -63,6 +63,10 @@ class EngineClient(Protocol):
     def reset_prefix_cache(self) -> None:
         """Has the engine forget, before its next step, every cached prefix that no running request
         owns."""
+        ...
+
+    def watch_stats(self, watch: Callable[[EngineStats], None]) -> None:
+        """Has `watch` called with the figures of every report from now on; it must not fail."""
         ...
 
     async def wait_dead(self) -> int | None:

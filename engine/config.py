@@ -15,6 +15,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     model: str
     """A folder in Hugging Face layout."""
+    conv_adapter: str = ""
+    """A folder of convolutions trained for this model and kept apart from it; empty for none."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     max_num_seqs: int = 64
@@ -33,7 +35,13 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Budget of conv windows stored at page boundaries, out of `memory`: bytes or a share of it;
     auto is 1%. Without a stored one, a window is rebuilt by running a few tokens again."""
     cuda_graphs: bool = True
-    """On a GPU, replay captured graphs where every sequence advances by one token."""
+    """On a GPU, replay captured graphs of whole steps."""
+    overlap: bool = True
+    """On a GPU, launch a step before the tokens of the one before it are read. Off for debugging:
+    the tokens are the same."""
+    deterministic: bool = False
+    """On a GPU, the same tokens whatever else is in the batch and wherever prompts are cut, at the
+    cost of speed: one way to multiply and one to attend, whatever the number of rows."""
     threads: int = 0
     """CPU threads of the engine; 0 for all cores."""
     backend: Literal["auto", "reference"] = "auto"

@@ -2,27 +2,46 @@
 
 An EngineCore is driven by whoever owns it (a process loop, a thread, the offline `LLM`): requests
 are added between steps and every step returns the events it produced.
+
+On a device steps overlap: a step is planned and launched while the one before it still runs, and
+only then are that one's tokens read. The device feeds them to the step after; the host samples a
+step's logits once it knows every token before them, so that stop conditions, penalties, seeds and
+reports are what they are without overlap.
 """
 
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
 from ..cache import CacheManager, CacheStorage
 from .batch_builder import BatchBuilder
+from .grammar_gate import GrammarGate
 from .messages import EngineStats
 from .runner import Model, Runner
-from .sampler import Sampler
+from .sampler import Choices, Sampler
 from .scheduler import Scheduler
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from .grammar import Grammars
     from .messages import GenerateRequest, TokenEvent
+    from .output import Output
+    from .plan import StepPlan
     from .resolve import Limits
+
+
+@dataclass
+class _Flight:
+    """A step that was launched and whose tokens were not read yet."""
+
+    plan: StepPlan
+    output: Output
+    choices: Choices | None = None
 
 
 class EngineCore:
@@ -35,21 +54,26 @@ class EngineCore:
         eos_token_ids: tuple[int, ...],
         device: torch.device,
         prefix_caching: bool = True,
+        overlap: bool = True,
         graphs: bool = True,
         poison: bool = False,
+        grammars: Grammars | None = None,
         on_progress: Callable[[int, int], None] = lambda _done, _total: None,
     ) -> None:
         """Allocates the cache and prepares the model's steps.
 
         Args:
+            overlap: launch a step before the tokens of the one before it are read.
             graphs: replay captured graphs where the device has them.
             poison: fill the cache with NaN (tests).
+            grammars: of the model's tokenizer; without them, requests with a grammar fail.
             on_progress: called with (graphs captured, graphs in all).
         """
         self.limits = limits
         self._cache = CacheManager(
             limits.sizes,
             replay_length=model.state_spec.replay_length,
+            window=model.state_spec.window,
             prefix_caching=prefix_caching,
         )
         self._storage = CacheStorage(model.state_spec, limits.sizes, device, poison)
@@ -59,7 +83,16 @@ class EngineCore:
         self._scheduler = Scheduler(
             self._cache, limits.max_batch_tokens, limits.max_model_len, eos_token_ids
         )
-        self._sampler = Sampler(eos_token_ids)
+        self._sampler = Sampler(
+            eos_token_ids,
+            slot=lambda seq: self._cache.slot(seq.id),
+            feed=self._runner.feed,
+            draw=model.sample,
+            grammars=grammars,
+        )
+        self._gate = GrammarGate(grammars)
+        self._overlap = overlap
+        self._flight: _Flight | None = None
         self._steps = 0
         self._step_tokens = 0
         self._step_seconds = self._scheduler_seconds = self._seconds_total = 0.0
@@ -67,19 +100,25 @@ class EngineCore:
     @property
     def has_work(self) -> bool:
         """A step would do something."""
-        return self._scheduler.has_work
+        return bool(self._steps_forward or self._gate.num_waiting)
+
+    @property
+    def _steps_forward(self) -> bool:
+        return self._scheduler.has_work or self._flight is not None
 
     def add(self, request: GenerateRequest) -> None:
         """Queues a request whose parameters and prompt length were checked."""
-        self._scheduler.add(request)
+        if not self._gate.hold(request):
+            self._scheduler.add(request)
 
     def abort(self, request_id: str, index: int | None = None) -> None:
         """Ends a request or one choice of it; frees what it holds before the next step."""
-        self._scheduler.abort(request_id, index)
+        if not self._gate.abort(request_id, index):
+            self._scheduler.abort(request_id, index)
 
     def abort_all(self) -> list[str]:
         """Ends every request; returns their ids."""
-        return self._scheduler.abort_all()
+        return self._gate.abort_all() + self._scheduler.abort_all()
 
     def reset_prefixes(self) -> None:
         """Forgets every cached prefix that no running sequence owns."""
@@ -88,24 +127,43 @@ class EngineCore:
     @torch.inference_mode()
     def step(self) -> list[TokenEvent]:
         """Advances every sequence that can advance; returns what there is to report."""
+        for request, gone in self._gate.release(may_wait=not self._steps_forward):
+            self._scheduler.add(request)
+            for index in gone:
+                self._scheduler.abort(request.request_id, index)
+        started = time.perf_counter()
+        last, self._flight = self._flight, self._launch()
+        events = self._land(last)
+        if self._flight is not None:
+            self._flight.choices = self._sampler.launch(self._flight.output, self._flight.plan)
+        if not self._overlap:
+            last, self._flight = self._flight, None
+            events += self._land(last)
+        self._step_seconds = time.perf_counter() - started
+        self._seconds_total += self._step_seconds
+        return events
+
+    def _launch(self) -> _Flight | None:
+        """Plans a step and launches its forward pass; None if nothing can advance."""
         started = time.perf_counter()
         plan = self._scheduler.plan()
+        self._scheduler_seconds = time.perf_counter() - started
         if not plan.works:
-            return []
-        planned = time.perf_counter()
+            return None
         if plan.copies:
             self._storage.apply(plan.copies)
-        batch = self._builder.build(plan)
-        logits = self._runner.forward(batch)
-        sampled = self._sampler.sample(logits, plan)
-        ran = time.perf_counter()
-        events = self._scheduler.commit(plan, sampled)
-        ended = time.perf_counter()
         self._steps += 1
         self._step_tokens = plan.num_rows
-        self._step_seconds = ended - started
-        self._scheduler_seconds = (planned - started) + (ended - ran)
-        self._seconds_total += ended - started
+        return _Flight(plan, self._runner.forward(self._builder.build(plan)))
+
+    def _land(self, flight: _Flight | None) -> list[TokenEvent]:
+        """Waits for a step's tokens and takes them in."""
+        if flight is None or flight.choices is None:
+            return []
+        sampled = flight.choices.read()
+        started = time.perf_counter()
+        events = self._scheduler.commit(flight.plan, sampled)
+        self._scheduler_seconds += time.perf_counter() - started
         return events
 
     def stats(self) -> EngineStats:
@@ -114,7 +172,7 @@ class EngineCore:
         tails = cache.tails
         return EngineStats(
             running=scheduler.num_running,
-            waiting=scheduler.num_waiting,
+            waiting=scheduler.num_waiting + self._gate.num_waiting,
             pages_total=sizes.num_pages,
             pages_used=sizes.num_pages - cache.free_pages,
             pages_kept=cache.kept_pages,
@@ -134,6 +192,8 @@ class EngineCore:
             step_seconds=self._step_seconds,
             scheduler_seconds=self._scheduler_seconds,
             step_seconds_total=self._seconds_total,
+            graph_steps=self._runner.num_graph_steps,
+            padding_rows=self._runner.num_padding_rows,
         )
 
     def check_integrity(self) -> None:

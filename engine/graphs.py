@@ -1,28 +1,41 @@
-"""CUDA graphs of steps in which every sequence advances by one token.
+"""CUDA graphs of whole steps: tokens in, logits and greedy choices out.
 
-One graph per number of sequences on a ladder of sizes, and per bound on context length, which
-decides how attention splits its work. A smaller step is padded: rows that belong to nobody point at
-the reserved page and slot, and kernels store nothing for them.
+One kind serves steps in which every sequence advances by one token: a graph per number of sequences
+on a ladder, and per bound on context length, which decides how attention splits its work. The
+other serves steps with prompts, replays and whatever runs beside them: a graph per number of rows,
+for one sequence, for some and for all. A step runs in the smallest graph that holds it, padded:
+rows and sequences that are nobody's point at the reserved page and slot, and kernels store nothing
+for them.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .models import PADDING, FlatBatch, ForwardBatch
+from .models import FlatBatch, ForwardBatch
+from .output import Output
+from .staging import StepShape
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from ..cache import LayerState
     from .resolve import Limits
+    from .staging import Staging
+
+    Step = Callable[[ForwardBatch], tuple[Tensor, Tensor]]
 
 LENGTHS = (1024, 4096, 16384)
 """Context bounds that have graphs of their own, besides the longest."""
+
+CHUNKS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+"""Row counts with a graph, then every 256 up to the step's budget."""
+
+FEW = 8
+"""Sequences of the graphs between those for one and those for all."""
 
 
 def ladder(most: int) -> list[int]:
@@ -31,150 +44,160 @@ def ladder(most: int) -> list[int]:
     return [*(size for size in sizes if size < most), most]
 
 
-class DecodeGraph:
-    """One captured step over fixed buffers."""
+def chunks(most: int) -> list[int]:
+    """Row counts of steps with prompts that have a graph."""
+    sizes = [*CHUNKS, *range(768, most + 1, 256)]
+    return [*(size for size in sizes if size < most), most]
+
+
+def shapes(limits: Limits) -> list[StepShape]:
+    """Every shape that is captured, the largest first, so that smaller ones fit in its memory."""
+    sizes = limits.sizes
+    most, page = sizes.num_slots, sizes.page_size
+    lengths = [n for n in LENGTHS if n < limits.max_model_len] + [limits.max_model_len]
+
+    def shape(rows: int, seqs: int, max_rows: int, max_len: int) -> StepShape:
+        return StepShape(rows, seqs, -(-max_len // page), seqs, max_rows, max_len, sizes.ring_len)
+
+    mixed = [
+        shape(rows, seqs, min(rows, limits.max_model_len), limits.max_model_len)
+        for rows in chunks(limits.max_batch_tokens)
+        for seqs in sorted({1, min(FEW, most), most})
+        if seqs <= rows
+    ]
+    decode = [shape(size, size, 1, length) for length in lengths for size in ladder(most)]
+    return sorted(mixed + decode, key=lambda s: (-s.rows, -s.seqs))
+
+
+class StepGraph:
+    """One captured step over a fixed block of inputs and fixed outputs."""
 
     def __init__(
         self,
-        forward: Callable[[ForwardBatch], Tensor],
-        buffers: ForwardBatch,
-        staging: ForwardBatch,
-        size: int,
+        step: Step,
+        staging: Staging,
+        shape: StepShape,
+        state: tuple[LayerState, ...],
+        block: Tensor,
+        outputs: tuple[Tensor, Tensor],
+        side: torch.cuda.Stream,
         pool: Any,
     ) -> None:
         """
         Args:
-            buffers: device tensors of the largest size; the graph reads their first `size` rows.
-            staging: the same in pinned host memory.
+            block: bytes on the device that the inputs are uploaded to.
+            outputs: logits [most, V] and choices [most] that all graphs share.
+            side: the stream to capture on; memory of the pool is used again on one stream alone.
         """
-        self._size = size
-        self._device_side = _cut(buffers, size)
-        self._host_side = _cut(staging, size)
-        self._clear(0)
-        self._upload()
-        forward(self._device_side)  # compiles whatever is not compiled yet
-        torch.cuda.synchronize()
+        self._shape, self._staging = shape, staging
+        self._block = block[: shape.num_bytes]
+        self._logits, self._best = (t[: shape.logits] for t in outputs)
+        batch = shape.batch(self._block, state)
+        staging.upload_padded(_nobody(shape), shape, self._block)
+        step(batch)  # compiles whatever is not compiled yet
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=pool):
-            self._logits = forward(self._device_side)
+        side.wait_stream(torch.cuda.current_stream())
+        # Not `torch.cuda.graph`, which collects garbage each time: a second for every few graphs.
+        with torch.cuda.stream(side):
+            self.graph.capture_begin(*([] if pool is None else [pool]))
+            logits, best = step(batch)
+            self._logits.copy_(logits)
+            self._best.copy_(best)
+            self.graph.capture_end()
+        torch.cuda.current_stream().wait_stream(side)
 
-    def replay(self, batch: ForwardBatch) -> Tensor:
-        """Runs a step of at most this size. -> logits [L, V], valid until the next replay."""
-        host, flat = self._host_side, batch.flat
-        count, columns = flat.pages.shape
-        host.token_ids[:count] = batch.token_ids
-        for name in ("positions", "starts", "slots", "kv_rows", "ring_rows"):
-            getattr(host.flat, name)[:count] = getattr(flat, name)
-        host.flat.pages[:count, :columns] = flat.pages
-        self._clear(count)
-        self._upload()
+    @property
+    def rows(self) -> int:
+        """Token rows of the graph."""
+        return self._shape.rows
+
+    def replay(self, batch: ForwardBatch) -> Output:
+        """Runs a step that fits."""
+        self._staging.upload_padded(batch, self._shape, self._block)
         self.graph.replay()
-        return self._logits[:count]
-
-    def _clear(self, first: int) -> None:
-        """Makes the rows from `first` on padding."""
-        flat = self._host_side.flat
-        self._host_side.token_ids[first:] = 0
-        flat.starts[first:] = 0
-        flat.slots[first:] = 0
-        flat.pages[first:] = 0
-        for rows in (flat.positions, flat.kv_rows, flat.ring_rows):
-            rows[first:] = PADDING
-
-    def _upload(self) -> None:
-        host, device = self._host_side, self._device_side
-        device.token_ids.copy_(host.token_ids, non_blocking=True)
-        for name in ("positions", "starts", "slots", "kv_rows", "ring_rows", "pages"):
-            target: Tensor = getattr(device.flat, name)
-            target.copy_(getattr(host.flat, name), non_blocking=True)
+        seqs = len(batch.flat.starts)
+        return Output(self._logits[:seqs], self._best[:seqs], by_sequence=True)
 
 
-class DecodeGraphs:
+class StepGraphs:
     """Every graph of an engine."""
 
     def __init__(
         self,
-        forward: Callable[[ForwardBatch], Tensor],
+        step: Step,
+        staging: Staging,
         layers: tuple[LayerState, ...],
         limits: Limits,
+        vocab_size: int,
         device: torch.device,
         on_progress: Callable[[int, int], None],
     ) -> None:
-        """Captures them all, the largest first, in one memory pool."""
-        sizes = ladder(limits.sizes.num_slots)
-        lengths = [n for n in LENGTHS if n < limits.max_model_len] + [limits.max_model_len]
-        self._sizes = sizes
-        self._lengths = lengths
-        self._graphs: dict[tuple[int, int], DecodeGraph] = {}
-        pool: Any = None
+        """Captures them all in one memory pool."""
+        wanted = shapes(limits)
+        most = limits.sizes.num_slots
+        block = torch.empty(max(s.num_bytes for s in wanted), dtype=torch.uint8, device=device)
+        side, pool = torch.cuda.Stream(), None
+        outputs: tuple[Tensor, Tensor] | None = None
+        self._decode: list[tuple[StepShape, StepGraph]] = []
+        self._mixed: list[tuple[StepShape, StepGraph]] = []
+        torch.cuda.synchronize()
         with torch.inference_mode():
-            for length in lengths:
-                buffers = _buffers(sizes[-1], length, layers, limits, device)
-                staging = _buffers(sizes[-1], length, layers, limits, torch.device("cpu"))
-                for size in reversed(sizes):
-                    graph = DecodeGraph(forward, buffers, staging, size, pool)
-                    pool = pool or graph.graph.pool()
-                    self._graphs[size, length] = graph
-                    on_progress(len(self._graphs), len(lengths) * len(sizes))
+            for done, shape in enumerate(wanted, 1):
+                if outputs is None:
+                    outputs = _outputs(step, staging, shape, layers, block, most, vocab_size)
+                graph = StepGraph(step, staging, shape, layers, block, outputs, side, pool)
+                pool = pool or graph.graph.pool()
+                kind = self._decode if shape.max_rows == 1 else self._mixed
+                kind.append((shape, graph))
+                on_progress(done, len(wanted))
+        self._decode.sort(key=lambda g: (g[0].rows, g[0].max_len))
+        self._mixed.sort(key=lambda g: (g[0].rows, g[0].seqs))
 
-    def find(self, batch: ForwardBatch) -> DecodeGraph | None:
+    def find(self, batch: ForwardBatch) -> StepGraph | None:
         """The smallest graph that can run the batch; None if none can."""
-        spans = batch.flat.spans
-        if spans is None or batch.shared is not None or not batch.flat.is_decode:
+        if batch.logit_seqs is None:
             return None
-        if len(batch.logit_rows) != len(spans):
-            return None
-        size = next(size for size in self._sizes if size >= len(spans))
-        length = next(length for length in self._lengths if length >= batch.flat.max_len)
-        return self._graphs[size, length]
+        flat = batch.flat
+        rows, seqs = len(batch.token_ids), len(flat.starts)
+        kind = self._decode if flat.max_rows == 1 else self._mixed
+        for shape, graph in kind:
+            if shape.rows >= rows and shape.seqs >= seqs and shape.max_len >= flat.max_len:
+                return graph
+        return None
 
 
-def _buffers(
-    size: int,
-    max_len: int,
-    layers: tuple[LayerState, ...],
-    limits: Limits,
-    device: torch.device,
-) -> ForwardBatch:
-    """Tensors of `size` sequences with contexts up to `max_len`; pinned on the host."""
-    columns = -(-max_len // limits.sizes.page_size)
+def _outputs(
+    step: Step,
+    staging: Staging,
+    shape: StepShape,
+    state: tuple[LayerState, ...],
+    block: Tensor,
+    most: int,
+    vocab_size: int,
+) -> tuple[Tensor, Tensor]:
+    """Logits [most, V] of the dtype that a step gives, and choices [most]."""
+    staging.upload_padded(_nobody(shape), shape, block[: shape.num_bytes])
+    logits, best = step(shape.batch(block[: shape.num_bytes], state))
+    return logits.new_empty(most, vocab_size), best.new_empty(most)
 
-    def tensor(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
-        return torch.zeros(shape, dtype=dtype, device=device, pin_memory=device.type == "cpu")
 
-    rows = torch.arange(size, device=device)
+def _nobody(shape: StepShape) -> ForwardBatch:
+    """A batch of no rows, on the host."""
+
+    def empty(*size: int, dtype: torch.dtype = torch.int64) -> Tensor:
+        return torch.empty(size, dtype=dtype)
+
     flat = FlatBatch(
-        positions=tensor(size),
-        row_seq=rows.int(),
-        starts=tensor(size, dtype=torch.int32),
-        offsets=torch.arange(size + 1, dtype=torch.int32, device=device),
-        slots=tensor(size, dtype=torch.int32),
-        pages=tensor(size, columns, dtype=torch.int32),
-        kv_rows=tensor(size),
-        ring_rows=tensor(size),
-        ring_len=limits.sizes.ring_len,
-        max_rows=1,
-        max_len=max_len,
+        positions=empty(0),
+        row_seq=empty(0, dtype=torch.int32),
+        starts=empty(0, dtype=torch.int32),
+        offsets=torch.zeros(1, dtype=torch.int32),
+        slots=empty(0, dtype=torch.int32),
+        pages=empty(0, shape.columns, dtype=torch.int32),
+        kv_rows=empty(0),
+        ring_rows=empty(0),
+        ring_len=shape.ring_len,
+        max_rows=shape.max_rows,
+        max_len=shape.max_len,
     )
-    return ForwardBatch(tensor(size), flat, layers, rows)
-
-
-def _cut(batch: ForwardBatch, size: int) -> ForwardBatch:
-    """The first rows of the buffers."""
-    flat = batch.flat
-    return replace(
-        batch,
-        token_ids=batch.token_ids[:size],
-        logit_rows=batch.logit_rows[:size],
-        flat=replace(
-            flat,
-            positions=flat.positions[:size],
-            row_seq=flat.row_seq[:size],
-            starts=flat.starts[:size],
-            offsets=flat.offsets[: size + 1],
-            slots=flat.slots[:size],
-            pages=flat.pages[:size],
-            kv_rows=flat.kv_rows[:size],
-            ring_rows=flat.ring_rows[:size],
-        ),
-    )
+    return ForwardBatch(empty(0), flat, (), empty(0))

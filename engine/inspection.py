@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
-from ..cache import AttentionSpec, ConvSpec, LayerSpec, StateSpec
 from .config import EngineConfig
-from .models import ModelConfig, read_config, replay_length
+from .models import ModelConfig, state_spec
+from .models.adapter import read_adapted
 from .models.checkpoint import CheckpointReader
+from .models.mixers import Attention, GatedDelta, Mixer, ShortConv
 from .resolve import (
     AUTO_SHARE,
     free_memory,
@@ -21,6 +24,9 @@ from .resolve import (
 )
 from .start import describe_conv
 
+if TYPE_CHECKING:
+    from ..cache import StateSpec
+
 
 def inspect_model(folder: str | Path, config: EngineConfig | None = None) -> str:
     """A report in a few lines: layers, convolutions, parameters, bytes of state, what fits.
@@ -30,10 +36,10 @@ def inspect_model(folder: str | Path, config: EngineConfig | None = None) -> str
     """
     folder = Path(folder)
     config = config or EngineConfig(model=str(folder))
-    model = read_config(folder)
+    model, adapter = read_adapted(folder, config.conv_adapter)
     device = resolve_device(config)
     dtype = resolve_dtype(config, model.dtype, device)
-    with CheckpointReader(folder, dtype, torch.device("cpu")) as reader:
+    with CheckpointReader(folder, dtype, torch.device("cpu"), adapter=adapter) as reader:
         parameters = reader.total_elements
     spec = state_spec(model, dtype)
     ring_len = spec.ring_len()
@@ -42,16 +48,18 @@ def inspect_model(folder: str | Path, config: EngineConfig | None = None) -> str
     pool = parse_memory(config.memory, max(free - weights, 0), AUTO_SHARE[device.type])
     lines = [
         ("model", f"{folder} ({model.model_type})"),
-        ("layers", f"{model.num_layers}, hidden {model.hidden_size}, {_attention(model)}"),
+        ("layers", f"{model.num_layers}, hidden {model.hidden_size}"),
+        ("mixers", _mixers(model)),
         ("mlp", _mlp(model)),
         ("convolutions", describe_conv(model)),
         ("vocabulary", f"{model.vocab_size}{', tied' if model.tied_embeddings else ''}"),
-        ("context", f"{model.max_positions} tokens, rope {model.rope.kind}"),
+        ("context", _context(model)),
         ("parameters", f"{parameters:,}, {mib(weights)} as {str(dtype).removeprefix('torch.')}"),
         ("KV per token", f"{spec.kv_bytes_per_token:,} bytes"),
         ("conv state per sequence", f"{spec.conv_bytes_per_sequence(ring_len):,} bytes"),
-        ("conv tail at a prefix", f"{spec.conv_tail_bytes:,} bytes"),
-        ("replay length", f"{spec.replay_length} tokens"),
+        ("recurrent per sequence", f"{spec.recurrent_bytes:,} bytes"),
+        ("tail at a prefix", f"{spec.tail_bytes:,} bytes"),
+        ("replay length", _replay(spec)),
         ("tails that fit", f"{resolve_tails(config, spec, pool):,}"),
         ("page pool", f"{mib(pool)} of {mib(free)} free on {device.type}"),
         ("sequences that fit", _fits(model, spec, pool, ring_len)),
@@ -60,49 +68,58 @@ def inspect_model(folder: str | Path, config: EngineConfig | None = None) -> str
     return "\n".join(f"{name:<{width}}  {text}" for name, text in lines)
 
 
-def state_spec(model: ModelConfig, dtype: torch.dtype) -> StateSpec:
-    """The state a model of this config will ask for, from the config alone."""
-    widths = {
-        "q": model.q_width,
-        "k": model.kv_width,
-        "v": model.kv_width,
-        "o": model.hidden_size,
-        "gate": model.intermediate_size,
-        "up": model.intermediate_size,
-        "down": model.hidden_size,
-    }
-    sites = {"qkv": ("q", "k", "v"), "o": ("o",), "gate_up": ("gate", "up"), "down": ("down",)}
-    layers: list[LayerSpec] = []
-    for i in range(model.num_layers):
-        conv = model.conv_of(i)
-        convs: dict[str, ConvSpec] = {}
-        for site, places in sites.items():
-            channels = sum(widths[p] for p in places if conv and p in conv.placement)
-            if conv and channels:
-                convs[site] = ConvSpec(channels, conv.width)
-        layers.append(LayerSpec(AttentionSpec(model.num_kv_heads, model.head_dim), convs))
-    return StateSpec(tuple(layers), dtype, replay_length(model))
+def _mixers(model: ModelConfig) -> str:
+    """Every kind of mixer, in the order of first appearance, with how many layers have it."""
+    counts = Counter(model.mixers)
+    parts = [f"{count} {_mixer(model, mixer)}" for mixer, count in counts.items()]
+    return "; ".join(parts)
 
 
-def _attention(model: ModelConfig) -> str:
-    text = f"{model.num_heads} query and {model.num_kv_heads} kv heads of {model.head_dim}"
-    windows = {w for w in model.windows if w is not None}
-    if windows:
-        text += f", window {min(windows)} in {sum(w is not None for w in model.windows)} layers"
-    return text if model.qk_norm == "none" else f"{text}, {model.qk_norm} QK-norm"
+def _mixer(model: ModelConfig, mixer: Mixer) -> str:
+    if isinstance(mixer, Attention):
+        text = f"attention, {model.num_heads} query and {model.num_kv_heads} kv heads of "
+        text += str(model.head_dim)
+        if mixer.window is not None:
+            text += f", window {mixer.window}"
+        if model.attention_gate:
+            text += ", gated"
+        return text if model.qk_norm == "none" else f"{text}, {model.qk_norm} QK-norm"
+    if isinstance(mixer, ShortConv):
+        return f"gated convolution, width {mixer.width}"
+    if isinstance(mixer, GatedDelta):
+        return (
+            f"gated delta rule, {mixer.key_heads} key heads of {mixer.key_dim} and "
+            f"{mixer.value_heads} value heads of {mixer.value_dim}"
+        )
+    return f"Mamba-2, {mixer.heads} heads of {mixer.head_dim}, state {mixer.state_dim}"
+
+
+def _context(model: ModelConfig) -> str:
+    rope = f", rope {model.rope.kind}" if model.has_attention else ""
+    return f"{model.max_positions} tokens{rope}"
+
+
+def _replay(spec: StateSpec) -> str:
+    if spec.replay_length is None:
+        return "none: a prefix is shared up to where a tail is stored"
+    return f"{spec.replay_length} tokens"
 
 
 def _mlp(model: ModelConfig) -> str:
+    if not model.has_mlp:
+        return "none"
     if model.experts is None:
         return f"SwiGLU {model.intermediate_size}"
     e = model.experts
-    return f"{e.count} experts of {e.width}, {e.per_token} per token"
+    shared = f", one of {e.shared_width} shared" if e.shared_width else ""
+    return f"{e.count} experts of {e.width}, {e.per_token} per token{shared}"
 
 
 def _fits(model: ModelConfig, spec: StateSpec, pool: int, ring_len: int) -> str:
     parts: list[str] = []
     for length in (1024, model.max_positions):
         if length <= model.max_positions:
-            each = spec.kv_bytes_per_token * length + spec.conv_bytes_per_sequence(ring_len)
-            parts.append(f"{pool // each:,} of {length:,} tokens")
+            held = min(length, spec.window or length)
+            each = spec.kv_bytes_per_token * held + spec.slot_bytes(ring_len)
+            parts.append(f"{pool // max(each, 1):,} of {length:,} tokens")
     return ", ".join(parts)

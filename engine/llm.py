@@ -60,6 +60,7 @@ class LLM:
             if name not in known:
                 raise TypeError(f"{name} is not an engine option (known: {', '.join(known)})")
         options = {"model": str(model), **engine_options}
+        options["conv_adapter"] = str(options.get("conv_adapter") or "")
         try:
             config = msgspec.convert(options, EngineConfig)
         except msgspec.ValidationError as error:

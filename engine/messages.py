@@ -13,6 +13,20 @@ import msgspec
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 
+class Grammar(msgspec.Struct, frozen=True):
+    """What the whole text of an output must be."""
+
+    kind: Literal["json_schema", "regex", "lark", "gbnf"]
+    source: str
+    """A JSON schema as JSON, a regular expression, a grammar in llguidance's dialect of Lark, or
+    one in llama.cpp's of EBNF."""
+
+
+JSON_WHITESPACE = r"(\r?\n[ \t]{0,32}| )?"
+"""Between the parts of a JSON text that follows a schema: nothing, a space, or a new line and its
+indentation. A small model that may goes on with spaces for ever."""
+
+
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """How tokens of one request are chosen and when it ends.
 
@@ -45,6 +59,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     allowed_token_ids: tuple[int, ...] | None = None
     bad_token_ids: tuple[tuple[int, ...], ...] = ()
     """Token sequences that must not appear in the output."""
+    grammar: Grammar | None = None
+    """What the text of the output must be; the output ends where the grammar does."""
     logprobs: int | None = None
     """Log-probabilities of each chosen token and of this many best ones."""
     prompt_logprobs: int | None = None
@@ -153,6 +169,10 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     scheduler_seconds: float = 0.0
     """Planning and committing of the last step."""
     step_seconds_total: float = 0.0
+    graph_steps: int = 0
+    """Steps that replayed a captured graph."""
+    padding_rows: int = 0
+    """Rows that belonged to nobody in the graphs of those steps."""
 
 
 class StepReport(msgspec.Struct, frozen=True, tag="step"):
@@ -180,6 +200,8 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     max_num_seqs: int
     page_size: int
     num_pages: int
+    num_tails: int = 0
+    """Places for conv windows at page boundaries."""
     eos_token_ids: tuple[int, ...]
     device: str
     dtype: str

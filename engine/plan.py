@@ -5,21 +5,25 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import msgspec
+
 if TYPE_CHECKING:
     from ..cache import Copies
     from .messages import Logprobs
     from .sequence import Sequence
 
 
-@dataclass(frozen=True)
-class Work:
+class Work(msgspec.Struct, frozen=True, gc=False):
     """The rows one sequence advances by: tokens[start : start + rows]."""
 
     seq: Sequence
     start: int
     rows: int
     samples: bool
-    """The last row is the last known token, so its logits choose the next."""
+    """The last row is the sequence's last token, so its logits choose the next."""
+    is_fed: bool = False
+    """The last row's token is the one that the step before this chooses: the host does not know it
+    when this step is launched, and the device takes it from there."""
     score_from: int = 0
     score_rows: int = 0
     """Rows score_from .. score_from + score_rows - 1 (counted from `start`) score the token after
@@ -49,13 +53,12 @@ class StepPlan:
         return sum(w.rows for w in self.works)
 
 
-@dataclass(frozen=True)
-class Sampled:
+class Sampled(msgspec.Struct, frozen=True, gc=False):
     """What the sampler made of one work's logits."""
 
     token_id: int | None = None
-    """None if the work does not sample, or the logits were not finite."""
+    """None if the work does not sample, or has a problem."""
     logprobs: Logprobs | None = None
     scored: tuple[Logprobs, ...] = ()
-    is_broken: bool = False
-    """The logits were not finite: the sequence cannot go on."""
+    problem: str | None = None
+    """Why the sequence cannot go on: its logits were not finite, or its grammar failed."""

@@ -22,6 +22,9 @@ AUTO_SHARE = {"cpu": 0.25, "cuda": 0.9}
 TAIL_SHARE = 0.01
 """Share of the memory budget that `conv_tail_memory=auto` may take."""
 
+SNAPSHOT_SHARE = 0.1
+"""The same for a model with recurrent state, whose prefixes are usable where a tail is stored."""
+
 CPU_BATCH_TOKENS = 256
 CUDA_BATCH_TOKENS = 2048
 
@@ -118,20 +121,20 @@ def resolve_limits(
     free = free_memory(device)
     budget = parse_memory(config.memory, free, AUTO_SHARE[device.type])
     ring_len = spec.ring_len()
-    rings = spec.conv_bytes_per_sequence(ring_len) * (config.max_num_seqs + 1)
+    slots = spec.slot_bytes(ring_len) * (config.max_num_seqs + 1)
     page_bytes = spec.kv_bytes_per_token * page_size
     tails = resolve_tails(config, spec, budget)
     # The reserved page comes out of the budget too.
-    pages = (budget - rings - tails * spec.conv_tail_bytes) // page_bytes - 1
+    pages = (budget - slots - tails * spec.tail_bytes) // max(page_bytes, 1) - 1
     least = -(-(config.max_model_len or min(max_positions, 256)) // page_size)
     if pages < least:
-        short = (least + 1) * page_bytes + rings - budget
+        short = (least + 1) * page_bytes + slots - budget
         raise ConfigError(
             f"memory: the budget of {mib(budget)} is {mib(short)} too small for one sequence of "
             f"{least * page_size} tokens ({spec.kv_bytes_per_token} bytes of KV a token) and conv "
-            f"rings of {config.max_num_seqs} sequences ({mib(rings)})"
+            f"rings and recurrent state of {config.max_num_seqs} sequences ({mib(slots)})"
         )
-    if config.memory == "auto":
+    if config.memory == "auto" or not page_bytes:  # without KV, a page is an entry in the books
         pages = min(pages, config.max_num_seqs * -(-wanted_len // page_size))
     sizes = CacheSizes(pages, page_size, config.max_num_seqs, ring_len, tails)
     default_rows = CPU_BATCH_TOKENS if device.type == "cpu" else CUDA_BATCH_TOKENS
@@ -139,23 +142,24 @@ def resolve_limits(
         sizes=sizes,
         max_model_len=min(wanted_len, sizes.capacity),
         max_batch_tokens=config.max_batch_tokens or max(default_rows, config.max_num_seqs),
-        pool_bytes=(pages + 1) * page_bytes + rings + tails * spec.conv_tail_bytes,
+        pool_bytes=(pages + 1) * page_bytes + slots + tails * spec.tail_bytes,
     )
 
 
 def resolve_tails(config: EngineConfig, spec: StateSpec, budget: int) -> int:
-    """How many conv tails to make room for.
+    """How many tails to make room for.
 
     Raises:
         ConfigError: `conv_tail_memory` is not a size, or takes the whole budget.
     """
-    if not config.prefix_caching or not spec.conv_tail_bytes:
+    if not config.prefix_caching or not spec.tail_bytes:
         return 0
     text = config.conv_tail_memory
-    room = parse_memory(text, budget, TAIL_SHARE, "conv_tail_memory")
+    share = TAIL_SHARE if spec.replay_length is not None else SNAPSHOT_SHARE
+    room = parse_memory(text, budget, share, "conv_tail_memory")
     if room >= budget:
         raise ConfigError(f"conv_tail_memory: {text!r} leaves nothing of {mib(budget)} for pages")
-    return room // spec.conv_tail_bytes
+    return room // spec.tail_bytes
 
 
 def mib(count: int) -> str:

@@ -1,21 +1,26 @@
 """Runs a batch through a model on its device: eagerly, or by replaying a captured graph.
 
-Batches are built on the host. On a CPU they run as they are; on a GPU the rows of a step in which
-every sequence has one row are copied into fixed buffers and a graph of that size is replayed.
-Everything else is moved to the device and runs kernel by kernel.
+Batches are built on the host. On a CPU they run as they are. On a GPU they are uploaded in one
+copy and nothing waits for the device: a token that the step before has chosen and the host does not
+know yet (`FED`) is taken from where the device keeps the last token of each slot.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
 import torch
-from torch import Tensor
 
-from .graphs import DecodeGraphs
+from .batch_builder import FED
+from .graphs import StepGraphs
+from .output import Output
+from .staging import Staging
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from torch import Tensor
 
     from ..cache import LayerState, StateSpec
     from .models import ForwardBatch
@@ -35,13 +40,34 @@ class Model(Protocol):
         """A forward pass never waits for the device, so a graph can hold it."""
         ...
 
+    @property
+    def vocab_size(self) -> int:
+        """Logits per row."""
+        ...
+
     def forward(self, batch: ForwardBatch) -> Tensor:
         """Logits [L, V] of the rows wanted."""
         ...
 
+    def argmax(self, logits: Tensor) -> Tensor:
+        """[L, V] -> [L] int64, the best token of each row; -1 where a row is not finite."""
+        ...
+
+    def sample(
+        self,
+        logits: Tensor,
+        temperature: Tensor,
+        top_k: Tensor,
+        top_p: Tensor,
+        min_p: Tensor,
+        numbers: Tensor,
+    ) -> Tensor:
+        """A token drawn for each row; greedy at temperature 0; -1 as `argmax`."""
+        ...
+
 
 class Runner:
-    """A model on a device, with graphs if they are wanted and the device has them."""
+    """A model on a device, and the last token of each slot there."""
 
     def __init__(
         self,
@@ -59,13 +85,42 @@ class Runner:
             on_progress: called with (graphs captured, graphs in all).
         """
         self._model = model
-        self._device = device
-        self._graphs: DecodeGraphs | None = None
-        if graphs and device.type == "cuda" and model.is_capturable:
-            self._graphs = DecodeGraphs(model.forward, layers, limits, device, on_progress)
+        self.num_graph_steps = 0
+        self.num_padding_rows = 0
+        """Rows of replayed graphs that belonged to nobody."""
+        self._last = torch.zeros(limits.sizes.num_slots + 1, dtype=torch.int64, device=device)
+        self._staging = Staging(device) if device.type == "cuda" else None
+        self._graphs = None
+        if graphs and self._staging is not None and model.is_capturable:
+            self._graphs = StepGraphs(
+                self._step, self._staging, layers, limits, model.vocab_size, device, on_progress
+            )
 
-    def forward(self, batch: ForwardBatch) -> Tensor:
-        """Logits [L, V] on the device; valid until the next call. `batch` is on the host."""
+    def forward(self, batch: ForwardBatch) -> Output:
+        """Launches a step of a batch built on the host."""
         if self._graphs is not None and (graph := self._graphs.find(batch)) is not None:
+            self.num_graph_steps += 1
+            self.num_padding_rows += graph.rows - len(batch.token_ids)
             return graph.replay(batch)
-        return self._model.forward(batch.to(self._device))
+        if self._staging is not None:
+            batch = self._staging.upload(batch)
+        logits, best = self._step(batch)
+        return Output(logits, best, by_sequence=False)
+
+    def feed(self, slots: Tensor, token_ids: Tensor) -> None:
+        """Makes these the last tokens of their slots, in place of the greedy choices."""
+        self._last[slots] = token_ids
+
+    def _step(self, batch: ForwardBatch) -> tuple[Tensor, Tensor]:
+        """-> logits [L, V], greedy choices [L], which are the last tokens of their slots now."""
+        flat = batch.flat
+        slots = flat.slots.long()
+        fed = self._last[slots[flat.row_seq.long()]]
+        # The token of a row that was not finite is -1; its sequence has ended.
+        tokens = torch.where(batch.token_ids == FED, fed, batch.token_ids).clamp_min_(0)
+        logits = self._model.forward(replace(batch, token_ids=tokens))
+        best = self._model.argmax(logits)
+        if len(best):
+            wanted = slots[flat.row_seq.long()[batch.logit_rows]]
+            self._last[wanted] = best
+        return logits, best

@@ -1,93 +1,185 @@
-"""From logits to tokens: penalties, masks, temperature, filters, and the draw.
+"""From logits to tokens: penalties and masks, the choice, and reports of its probability.
 
-Rows are independent of each other. A draw is the inverse of the cumulative distribution at one
-uniform number, which is a hash of (seed, choice, position): the same request draws the same numbers
-whatever else is in the batch, and in whatever step its turn comes.
+Sampling is launched when everything before the token is known on the host, and read when the
+device has come so far; in between the next step is launched. Rows are independent of each other: a
+draw takes its uniform number from (seed, choice, position), so the same request gets the same
+tokens whatever else is in the batch, and in whatever step its turn comes.
 """
 
 from __future__ import annotations
 
-import hashlib
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from .messages import Logprobs
+from .drawing import draw_inputs
 from .plan import Sampled
+from .reports import Report, to_host
+from .sequence import Status
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from collections.abc import Sequence as Rows
 
-    from .messages import SamplingParams
+    from .grammar import Grammars
+    from .output import Output
     from .plan import StepPlan, Work
     from .sequence import Sequence
 
-CANDIDATES = 1024
-"""A top-p set is looked for among this many best tokens before everything is sorted."""
+
+@dataclass
+class Choices:
+    """What was launched for one step."""
+
+    count: int
+    """Works of the step."""
+    works: list[int] = field(default_factory=list)
+    """The works that choose a token."""
+    ids: Tensor | None = None
+    """[len(works)] int64 on the host, -1 where logits were not finite."""
+    reported: list[int] = field(default_factory=list)
+    """Which of `works` want reports, and how many rivals each."""
+    rivals: list[int] = field(default_factory=list)
+    report: Report | None = None
+    scores: dict[int, Report] = field(default_factory=dict)
+    """By work: its scored rows."""
+    problems: dict[int, str] = field(default_factory=dict)
+    """By work: why it has no token, where that is not the logits' fault."""
+    done: torch.cuda.Event | None = None
+
+    def read(self) -> list[Sampled]:
+        """One result per work, in order. Waits for the device."""
+        if self.done is not None:
+            self.done.synchronize()
+        results = [Sampled()] * self.count
+        ids: list[int] = [] if self.ids is None else self.ids.tolist()
+        reports = (
+            {}
+            if self.report is None
+            else dict(zip(self.reported, self.report.read(self.rivals), strict=True))
+        )
+        for place, (work, token) in enumerate(zip(self.works, ids, strict=True)):
+            if work in self.problems:
+                results[work] = Sampled(problem=self.problems[work])
+            elif token < 0:
+                results[work] = Sampled(problem="the model produced logits that are not finite")
+            else:
+                results[work] = Sampled(token, reports.get(place))
+        for work, report in self.scores.items():
+            r = results[work]
+            results[work] = Sampled(r.token_id, r.logprobs, tuple(report.read()), r.problem)
+        return results
 
 
 class Sampler:
     """Chooses the next token of every work that samples, and scores prompt rows."""
 
-    def __init__(self, eos_token_ids: tuple[int, ...]) -> None:
-        self._eos = eos_token_ids
-
-    def sample(self, logits: Tensor, plan: StepPlan) -> list[Sampled]:
-        """One result per work of the plan, in order.
-
-        Args:
-            logits: [L, V], the rows that the plan's works asked for, in order.
+    def __init__(
+        self,
+        eos_token_ids: tuple[int, ...],
+        slot: Callable[[Sequence], int],
+        feed: Callable[[Tensor, Tensor], None],
+        draw: Callable[..., Tensor],
+        grammars: Grammars | None = None,
+    ) -> None:
         """
-        results: list[Sampled] = [Sampled()] * len(plan.works)
-        scored: dict[int, tuple[Logprobs, ...]] = {}
-        rows: list[int] = []
-        who: list[int] = []
-        offset = 0
-        for i, work in enumerate(plan.works):
-            if work.score_rows:
-                scored[i] = _score(logits[offset : offset + work.score_rows], work)
-            if work.samples:
-                rows.append(offset + work.score_rows)
-                who.append(i)
-            offset += work.num_logits
-        if rows:
-            chosen = logits if len(rows) == len(logits) else logits[rows]
-            seqs = [plan.works[i].seq for i in who]
-            for i, result in zip(who, self._choose(chosen, seqs), strict=True):
-                results[i] = result
-        for i, entries in scored.items():
-            r = results[i]
-            results[i] = Sampled(r.token_id, r.logprobs, entries, r.is_broken)
-        return results
+        Args:
+            slot: where a sequence's last token is kept.
+            feed: takes slots [N] and tokens [N], where the greedy choice is not the last word.
+            draw: `Model.sample`.
+            grammars: without them, a request with a grammar fails.
+        """
+        self._eos = eos_token_ids
+        self._slot = slot
+        self._feed = feed
+        self._draw = draw
+        self._grammars = grammars
 
-    def _choose(self, raw: Tensor, seqs: Rows[Sequence]) -> list[Sampled]:
-        """raw [N, V], one row per sequence, in the dtype the model computes in."""
-        logits = raw
+    def launch(self, output: Output, plan: StepPlan) -> Choices:
+        """Launches the choice of a token for every work that samples and has not ended."""
+        choices = Choices(len(plan.works))
+        rows: list[int] = []
+        at = 0
+        for i, work in enumerate(plan.works):
+            is_live = work.seq.status is not Status.FINISHED
+            if work.score_rows and is_live:
+                choices.scores[i] = _score(output.logits[at : at + work.score_rows], work)
+            if work.samples and is_live:
+                choices.works.append(i)
+                rows.append(i if output.by_sequence else at + work.score_rows)
+            at += work.num_logits
+        if rows:
+            seqs = [plan.works[i].seq for i in choices.works]
+            self._choose(output, rows, seqs, choices)
+        if output.logits.device.type == "cuda":
+            choices.done = torch.cuda.Event()
+            choices.done.record()
+        return choices
+
+    def _choose(
+        self, output: Output, rows: list[int], seqs: Rows[Sequence], choices: Choices
+    ) -> None:
+        device = output.logits.device
+        ids = _rows(output.best, rows)
+        special = [
+            i for i, s in enumerate(seqs) if s.params.temperature > 0 or _adjusts(s, self._eos)
+        ]
+        if special:
+            theirs = [seqs[i] for i in special]
+            raw = _rows(output.logits, [rows[i] for i in special])
+            tokens, problems = self._decide(raw, theirs)
+            choices.problems = {choices.works[special[i]]: why for i, why in problems.items()}
+            where = _index(special, device)
+            ids = ids.index_copy(0, where, tokens)
+            self._feed(_index([self._slot(s) for s in theirs], device), tokens)
+        choices.reported = [i for i, s in enumerate(seqs) if s.params.logprobs is not None]
+        if choices.reported:
+            choices.rivals = [seqs[i].params.logprobs or 0 for i in choices.reported]
+            raw = _rows(output.logits, [rows[i] for i in choices.reported])
+            chosen = _rows(ids, choices.reported).clamp_min(0)
+            choices.report = Report(raw, chosen, max(choices.rivals))
+        choices.ids = to_host(ids)
+
+    def _decide(self, raw: Tensor, seqs: Rows[Sequence]) -> tuple[Tensor, dict[int, str]]:
+        """raw [N, V], one row per sequence -> tokens [N], -1 where logits are not finite, and why a
+        row has none, where that is not the logits' fault."""
+        logits, problems = raw, {}
         if any(_adjusts(s, self._eos) for s in seqs):
             logits = raw.to(torch.float32, copy=True)
             for row, seq in enumerate(seqs):
                 if _adjusts(seq, self._eos):
                     _adjust(logits[row], seq, self._eos)
-        best, tokens = logits.max(dim=-1)
-        drawn = [i for i, s in enumerate(seqs) if s.params.temperature > 0]
-        if drawn:
-            rows = logits if len(drawn) == len(seqs) else logits[drawn]
-            tokens[drawn] = _draw(rows.float(), [seqs[i] for i in drawn])
-        # One transfer from the device: the tokens, and -1 where the logits were not finite.
-        ids: list[int] = torch.where(torch.isfinite(best), tokens, -1).tolist()
-        reports = _logprobs(raw, [max(token, 0) for token in ids], seqs)
-        return [
-            Sampled(is_broken=True) if token < 0 else Sampled(token, reports.get(i))
-            for i, token in enumerate(ids)
-        ]
+            problems = self._constrain(logits, seqs)
+        return self._draw(logits, *draw_inputs(seqs, logits.shape[1], logits.device)), problems
 
+    def _constrain(self, logits: Tensor, seqs: Rows[Sequence]) -> dict[int, str]:
+        """Leaves each row the tokens that its sequence's grammar allows. logits [N, V]
 
-def uniform(seed: int, index: int, position: int) -> float:
-    """A number in [0, 1) that depends on the seed, the choice and the position alone."""
-    data = b"".join(n.to_bytes(8, "little") for n in (seed % 2**64, index, position))
-    digest = hashlib.blake2b(data, digest_size=8).digest()
-    return (int.from_bytes(digest, "little") >> 11) / 2**53
+        Returns:
+            Why a row has none left, by row.
+        """
+        rows = [i for i, s in enumerate(seqs) if s.params.grammar is not None]
+        if not rows:
+            return {}
+        if self._grammars is None:
+            return dict.fromkeys(rows, "grammar: this engine has no tokenizer")
+        device, vocab = logits.device, logits.shape[1]
+        masks = torch.zeros(
+            len(rows), -(-vocab // 32), dtype=torch.int32, pin_memory=device.type == "cuda"
+        )
+        problems = self._grammars.write_masks(
+            [seqs[i] for i in rows], masks.data_ptr(), masks.shape[1] * masks.itemsize
+        )
+        banned = _unset(masks, vocab, device)
+        if len(rows) == len(seqs):
+            logits.masked_fill_(banned, -torch.inf)
+        else:
+            where = _index(rows, device)
+            logits.index_copy_(0, where, logits[where].masked_fill_(banned, -torch.inf))
+        return {rows[i]: why for i, why in problems.items()}
 
 
 def _adjusts(seq: Sequence, eos: tuple[int, ...]) -> bool:
@@ -99,15 +191,16 @@ def _adjusts(seq: Sequence, eos: tuple[int, ...]) -> bool:
         or p.logit_bias
         or p.allowed_token_ids is not None
         or p.bad_token_ids
+        or p.grammar is not None
         or (seq.num_output < p.min_tokens and (eos or p.stop_token_ids))
     )
 
 
 def _adjust(logits: Tensor, seq: Sequence, eos: tuple[int, ...]) -> None:
     """Penalties, biases and masks of one row, in place. logits [V]."""
-    p = seq.params
+    p, device = seq.params, logits.device
     if p.repetition_penalty != 1:
-        seen = torch.tensor(sorted(set(seq.tokens)), device=logits.device)
+        seen = _index(sorted(set(seq.tokens)), device)
         values = logits[seen]
         penalised = torch.where(
             values > 0, values / p.repetition_penalty, values * p.repetition_penalty
@@ -115,14 +208,17 @@ def _adjust(logits: Tensor, seq: Sequence, eos: tuple[int, ...]) -> None:
         logits[seen] = penalised
     output = seq.tokens[seq.prompt_len :]
     if output and (p.presence_penalty or p.frequency_penalty):
-        ids, counts = torch.tensor(output, device=logits.device).unique(return_counts=True)
-        logits[ids] -= p.presence_penalty + p.frequency_penalty * counts
-    for token, bias in p.logit_bias.items():
-        logits[token] += bias
+        ids, counts = torch.tensor(output).unique(return_counts=True)
+        penalties = p.presence_penalty + p.frequency_penalty * counts
+        logits[ids.to(device, non_blocking=True)] -= penalties.to(device, non_blocking=True)
+    if p.logit_bias:
+        biases = torch.tensor(list(p.logit_bias.values()), dtype=torch.float32)
+        logits[_index(list(p.logit_bias), device)] += biases.to(device, non_blocking=True)
     if p.allowed_token_ids is not None:
-        mask = torch.ones_like(logits, dtype=torch.bool)
-        mask[list(p.allowed_token_ids)] = False
-        logits.masked_fill_(mask, -torch.inf)
+        allowed = _index(p.allowed_token_ids, device)
+        kept = logits[allowed]
+        logits.fill_(-torch.inf)
+        logits[allowed] = kept
     banned = [
         bad[-1]
         for bad in p.bad_token_ids
@@ -131,105 +227,35 @@ def _adjust(logits: Tensor, seq: Sequence, eos: tuple[int, ...]) -> None:
     if seq.num_output < p.min_tokens:
         banned += [*eos, *p.stop_token_ids]
     if banned:
-        logits[banned] = -torch.inf
+        logits[_index(banned, device)] = -torch.inf
 
 
-def _draw(logits: Tensor, seqs: Rows[Sequence]) -> Tensor:
-    """One token per row at temperature > 0. logits [N, V] -> [N] int64."""
-    device = logits.device
-    params = [s.params for s in seqs]
-    temperature = torch.tensor([max(p.temperature, 1e-5) for p in params], device=device)
-    probs = torch.softmax(logits / temperature[:, None], dim=-1)
-    # At the position that the token will take.
-    u = torch.tensor(
-        [uniform(s.seed, s.index, len(s.tokens)) for s in seqs],
-        dtype=torch.float64,
-        device=device,
-    )
-    vocab = logits.shape[1]
-    sorts = [i for i, p in enumerate(params) if p.top_p < 1 or 0 < p.top_k < vocab]
-    plain = [i for i in range(len(seqs)) if i not in set(sorts)]
-    tokens = torch.empty(len(seqs), dtype=torch.int64, device=device)
-    if plain:
-        kept = _apply_min_p(probs[plain], [params[i] for i in plain])
-        tokens[plain] = _invert(kept, u[plain])
-    if sorts:
-        values, ids = _filter(probs[sorts], [params[i] for i in sorts])
-        picked = _invert(values, u[sorts])
-        tokens[sorts] = ids.gather(1, picked[:, None]).squeeze(1)
-    return tokens
+def _unset(masks: Tensor, count: int, device: torch.device) -> Tensor:
+    """Which of the first `count` bits are 0. masks [N, W] int32 on the host -> [N, count] bool."""
+    if device.type == "cpu":
+        octets = ~masks.numpy().view(np.uint8)
+        bits = np.unpackbits(octets, axis=1, count=count, bitorder="little")
+        return torch.from_numpy(bits).view(torch.bool)
+    bits = masks.to(device, non_blocking=True)[:, :, None] >> torch.arange(32, device=device)
+    return (bits & 1).flatten(1)[:, :count] == 0
 
 
-def _apply_min_p(probs: Tensor, params: Rows[SamplingParams]) -> Tensor:
-    if not any(p.min_p for p in params):
-        return probs
-    least = torch.tensor([p.min_p for p in params], device=probs.device)
-    floor = probs.amax(1, keepdim=True) * least[:, None]
-    return torch.where(probs >= floor, probs, 0)
+def _index(values: Rows[int], device: torch.device) -> Tensor:
+    """[N] int64 on the device, without waiting for it."""
+    return torch.tensor(values, dtype=torch.int64).to(device, non_blocking=True)
 
 
-def _filter(probs: Tensor, params: Rows[SamplingParams]) -> tuple[Tensor, Tensor]:
-    """min-p, then top-k, then top-p of what is left. -> (probabilities, token ids), best first."""
-    vocab = probs.shape[1]
-    probs = _apply_min_p(probs, params)
-    ks = [p.top_k if 0 < p.top_k < vocab else vocab for p in params]
-    ps = [p.top_p for p in params]
-    k = torch.tensor(ks, device=probs.device)[:, None]
-    p = torch.tensor(ps, dtype=probs.dtype, device=probs.device)[:, None]
-    # Rows cut by top-k need no more than k; top-p alone usually ends within the candidates.
-    width = min(vocab, max(k if k < vocab else CANDIDATES for k in ks))
-    while True:
-        values, ids = probs.topk(width, dim=-1)
-        values = torch.where(torch.arange(width, device=probs.device) < k, values, 0)
-        total = torch.where(k <= width, values.sum(1, keepdim=True), probs.sum(1, keepdim=True))
-        before = values.cumsum(1) - values
-        if width == vocab or bool(((k <= width) | (before[:, -1:] >= p * total)).all()):
-            break
-        width = vocab
-    values = torch.where(before < p * total, values, 0)
-    return values, ids
+def _rows(values: Tensor, rows: list[int]) -> Tensor:
+    """Some rows of a tensor."""
+    if rows == list(range(len(values))):
+        return values
+    if rows == list(range(len(rows))):
+        return values[: len(rows)]
+    return values[_index(rows, values.device)]
 
 
-def _invert(weights: Tensor, u: Tensor) -> Tensor:
-    """First index whose cumulative weight exceeds u times the total. weights [N, K], u [N]."""
-    cumulative = weights.double().cumsum(1)
-    target = u * cumulative[:, -1]
-    index = (cumulative <= target[:, None]).sum(1)
-    # u < 1, but its product may round up to the total: the last token with any weight, then.
-    last = weights.shape[1] - 1 - (weights > 0).flip(1).int().argmax(1)
-    return torch.minimum(index, last)
-
-
-def _logprobs(raw: Tensor, ids: list[int], seqs: Rows[Sequence]) -> dict[int, Logprobs]:
-    """Reports of the rows that want them, from the model's own distribution."""
-    rows = [i for i, s in enumerate(seqs) if s.params.logprobs is not None]
-    if not rows:
-        return {}
-    wanted = [seqs[i].params.logprobs or 0 for i in rows]
-    reports = _report(raw[rows].float().log_softmax(-1), [ids[i] for i in rows], max(wanted))
-    return {
-        i: Logprobs(r.token_id, r.logprob, r.rank, r.top[:k])
-        for i, r, k in zip(rows, reports, wanted, strict=True)
-    }
-
-
-def _score(logits: Tensor, work: Work) -> tuple[Logprobs, ...]:
+def _score(logits: Tensor, work: Work) -> Report:
     """Log-probabilities of the prompt tokens after each row. logits [n, V]."""
     seq, first = work.seq, work.start + work.score_from + 1
-    targets = seq.tokens[first : first + work.score_rows]
-    return tuple(_report(logits.float().log_softmax(-1), targets, seq.params.prompt_logprobs or 0))
-
-
-def _report(logprobs: Tensor, ids: list[int], k: int) -> list[Logprobs]:
-    """logprobs [N, V] -> one record per row, the token's and its k best rivals' figures alike."""
-    index = torch.tensor(ids, device=logprobs.device)[:, None]
-    own = logprobs.gather(1, index)
-    ranks = (logprobs > own).sum(1) + 1
-    values, best = logprobs.topk(k, dim=-1) if k else (logprobs[:, :0], index[:, :0])
-    tops = zip(best.tolist(), values.tolist(), strict=True)
-    return [
-        Logprobs(token, value, rank, tuple(zip(*top, strict=True)))
-        for token, value, rank, top in zip(
-            ids, own.squeeze(1).tolist(), ranks.tolist(), tops, strict=True
-        )
-    ]
+    targets = _index(seq.tokens[first : first + work.score_rows], logits.device)
+    return Report(logits, targets, seq.params.prompt_logprobs or 0)

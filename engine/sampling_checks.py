@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from .messages import Grammar
+
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
@@ -20,6 +22,7 @@ MAX_LOGIT_BIAS = 1024
 MAX_STOP_TOKENS = 128
 MAX_BAD_SEQUENCES = 1024
 MAX_BAD_LENGTH = 64
+MAX_GRAMMAR_CHARS = 64 * 1024
 MIN_TEMPERATURE = 1e-5
 """Below it only 0 is allowed: dividing logits by less would overflow."""
 
@@ -73,7 +76,31 @@ def check_sampling(
         _tokens("bad_token_ids", sequence, vocab_size, MAX_BAD_LENGTH)
     if params.allowed_token_ids is not None:
         _tokens("allowed_token_ids", params.allowed_token_ids, vocab_size, vocab_size)
+    if params.grammar is not None:
+        _check_grammar(params, params.grammar, eos_token_ids)
     _check_choosable(params, vocab_size, eos_token_ids)
+
+
+def _check_grammar(
+    params: SamplingParams, grammar: Grammar, eos_token_ids: Collection[int]
+) -> None:
+    """A grammar alone decides where the output may end and which tokens are left."""
+    if not isinstance(grammar, Grammar):
+        raise ValueError(f"grammar: {_shown(grammar)} is not a Grammar")
+    if len(grammar.source) > MAX_GRAMMAR_CHARS:
+        raise ValueError(
+            f"grammar: {len(grammar.source)} characters are too many (at most {MAX_GRAMMAR_CHARS})"
+        )
+    if not eos_token_ids:
+        raise ValueError("grammar: this model has no token to end an output with")
+    for field, is_set in (
+        ("min_tokens", params.min_tokens > 0),
+        ("ignore_eos", params.ignore_eos),
+        ("allowed_token_ids", params.allowed_token_ids is not None),
+        ("bad_token_ids", bool(params.bad_token_ids)),
+    ):
+        if is_set:
+            raise ValueError(f"{field}: cannot be combined with a grammar")
 
 
 def _check_choosable(

@@ -2,8 +2,9 @@
 
 There is no prefill phase and no decode phase. Every sequence has `tokens` and `num_computed`, and
 each step it advances by some of the tokens in between: one when it is generating, a chunk when its
-prompt (or what a preemption took) is still to be computed. `plan` decides and reserves; `commit`
-takes the results in. Nothing here knows about tensors or text.
+prompt (or what a preemption took) is still to be computed. `plan` decides, reserves and counts the
+step as done, for whatever is launched later runs after it; `commit` takes its results in, which
+may be after the next step was planned. Nothing here knows about tensors or text.
 """
 
 from __future__ import annotations
@@ -45,11 +46,12 @@ class Scheduler:
     ) -> None:
         assert max_model_len <= cache.sizes.capacity, "a sequence alone must fit in the pool"
         self._cache = cache
+        self._page_size = cache.sizes.page_size
         self._max_batch_tokens = max_batch_tokens
         self._max_model_len = max_model_len
         self._eos = frozenset(eos_token_ids)
         self._waiting: list[Sequence] = []  # ascending rank
-        self._running: list[Sequence] = []
+        self._running: list[Sequence] = []  # ascending rank
         self._live: dict[str, list[Sequence]] = {}
         self._ids = itertools.count(1)
         self.num_preemptions = 0
@@ -112,11 +114,24 @@ class Scheduler:
         works: list[Work] = []
         planned: set[SequenceId] = set()
         preemptions_before = self.num_preemptions
-        for seq in sorted(self._running, key=lambda s: (s.num_pending > 1, s.rank)):
+        chunked: list[Sequence] = []
+        for seq in tuple(self._running):
+            if budget == 0:
+                break
+            if seq.status is not Status.RUNNING or seq.length >= seq.max_len:
+                continue  # preempted for one before it, or about to end
+            if seq.num_pending > 1 or seq.num_to_score:
+                chunked.append(seq)
+            elif self._make_room(seq, seq.length, planned):
+                start = seq.num_computed
+                works.append(Work(seq, start, 1, True, start >= len(seq.tokens)))
+                planned.add(seq.id)
+                budget -= 1
+        for seq in chunked:
             if budget == 0:
                 break
             if seq.status is not Status.RUNNING:
-                continue  # preempted for one before it
+                continue
             work = self._work(seq, budget)
             if self._make_room(seq, work.stop, planned):
                 works.append(work)
@@ -131,29 +146,50 @@ class Scheduler:
             works.append(work)
             budget -= work.rows
         for work in works:
+            # A replay's rows write nothing.
             first_own = max(work.start, self._cache.shared(work.seq.id))
             self._cache.check_writable(work.seq.id, first_own, work.stop)
         # Without works nothing runs, and what is to be copied stays as it is until something does.
-        return StepPlan(tuple(works), self._cache.take_copies() if works else Copies())
+        plan = StepPlan(tuple(works), self._cache.take_copies() if works else Copies())
+        for work in works:
+            self._advance(work)
+        return plan
 
     def commit(self, plan: StepPlan, sampled: list[Sampled]) -> list[TokenEvent]:
-        """Takes a step's results in: advances, appends, forks, finishes. Returns what to report."""
+        """Takes a step's results in: appends, finishes. Returns what to report.
+
+        A sequence that ended or was preempted while the step ran keeps the token (it is the one
+        that its prefix calls for) but has no state to commit.
+        """
         events: list[TokenEvent] = []
         for work, result in zip(plan.works, sampled, strict=True):
             seq = work.seq
-            if seq.status is not Status.RUNNING:
+            if seq.status is Status.FINISHED:
                 continue
-            seq.num_computed = work.stop
-            self._cache.commit(seq.id, seq.tokens, seq.num_computed)
+            seq.num_in_flight -= work.samples
+            if work.is_fed and work.stop % self._page_size == 0 and seq.status is Status.RUNNING:
+                ahead = seq.num_computed - work.stop
+                self._cache.commit(seq.id, seq.tokens, work.stop, ahead)
             if seq.prompt_logprobs is not None:
                 seq.prompt_logprobs += result.scored
-            if seq.forks and seq.num_computed >= seq.prompt_len:
-                self._fork(seq)
-            if result.is_broken:
-                events.append(self._failure(seq))
+            if result.problem is not None:
+                events.append(self._failure(seq, result.problem))
             elif result.token_id is not None:
                 events.append(self._append(seq, result))
         return events
+
+    def _advance(self, work: Work) -> None:
+        """Counts a planned work as done."""
+        seq = work.seq
+        seq.num_computed = work.stop
+        seq.num_in_flight += work.samples
+        if work.is_fed:
+            if work.stop % self._page_size == 0:
+                self._cache.foresee(seq.id, work.stop)
+        elif work.rows > 1 or work.stop % self._page_size == 0 or seq.forks:
+            self._cache.commit(seq.id, seq.tokens, work.stop)
+        if seq.forks and work.stop >= seq.prompt_len - 1:
+            self._fork(seq)
 
     def _sequence(self, request: GenerateRequest, index: int) -> Sequence:
         params, prompt_len = request.params, len(request.prompt)
@@ -203,7 +239,7 @@ class Scheduler:
 
     def _start(self, seq: Sequence) -> None:
         seq.status = Status.RUNNING
-        self._running.append(seq)
+        bisect.insort(self._running, seq, key=lambda s: s.rank)
         if seq.first_scheduled_at is None:
             seq.first_scheduled_at = time.monotonic()
 
@@ -214,6 +250,9 @@ class Scheduler:
         cut = self._cache.cut(seq.id)
         if cut is not None and seq.num_computed < cut:
             rows = min(rows, cut - seq.num_computed)
+        if seq.forks and seq.num_computed < seq.prompt_len - 1:
+            # Recurrent state cannot go back: the others start before the last prompt token.
+            rows = min(rows, seq.prompt_len - 1 - seq.num_computed)
         to_score = seq.num_to_score
         if to_score:
             rows = min(rows, MAX_SCORED_ROWS)
@@ -224,6 +263,7 @@ class Scheduler:
             start=seq.num_computed,
             rows=rows,
             samples=rows == seq.num_pending,
+            is_fed=seq.num_computed + rows > len(seq.tokens),
             score_from=skip,
             score_rows=max(0, min(rows - skip, to_score)),
         )
@@ -236,6 +276,7 @@ class Scheduler:
     def _make_room(self, seq: Sequence, num_tokens: int, planned: set[SequenceId]) -> bool:
         """Extends the sequence's pages, preempting the last in rank until it fits."""
         while not self._cache.extend(seq.id, num_tokens):
+            # Those planned stay: the step counts on them.
             candidates = [s for s in self._running if s.id not in planned]
             victim = max(candidates, key=lambda s: s.rank)
             self._preempt(victim)
@@ -311,13 +352,13 @@ class Scheduler:
             prefill_seconds=now - started,
         )
 
-    def _failure(self, seq: Sequence) -> TokenEvent:
+    def _failure(self, seq: Sequence, problem: str) -> TokenEvent:
         self._end(seq, "error")
         return TokenEvent(
             seq.request_id,
             seq.index,
             finish_reason="error",
-            error="the model produced logits that are not finite",
+            error=problem,
         )
 
     def _end(self, seq: Sequence, reason: FinishReason) -> None:

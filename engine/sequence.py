@@ -47,7 +47,10 @@ class Sequence:
     """time.monotonic() at arrival."""
 
     num_computed: int = 0
-    """Tokens whose state is in the cache; 0 again after a preemption."""
+    """Tokens whose state the steps planned so far leave in the cache; 0 again after a
+    preemption."""
+    num_in_flight: int = 0
+    """Tokens after `tokens` that planned steps choose and that are not known yet."""
     num_cached: int = 0
     """Prompt tokens whose state came from the prefix cache."""
     status: Status = Status.WAITING
@@ -61,9 +64,14 @@ class Sequence:
     finish_reason: FinishReason | None = None
 
     @property
+    def length(self) -> int:
+        """Tokens it has, those in flight included."""
+        return len(self.tokens) + self.num_in_flight
+
+    @property
     def num_pending(self) -> int:
-        """Tokens that are known and not yet computed: the rows it would like to advance."""
-        return len(self.tokens) - self.num_computed
+        """Tokens not computed by any planned step: the rows it would like to advance."""
+        return self.length - self.num_computed
 
     @property
     def num_output(self) -> int:

@@ -5,19 +5,32 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
 
 from .core import EngineCore
+from .grammar import Grammars
 from .messages import EngineInfo
 from .models import ModelConfig, ModelError, load_model, read_config
-from .resolve import ConfigError, resolve_device, resolve_dtype, resolve_limits
+from .models.mixers import Attention
+from .resolve import ConfigError, mib, resolve_device, resolve_dtype, resolve_limits
 
 if TYPE_CHECKING:
+    from collections.abc import Generator
+
     from .config import EngineConfig
     from .models import Decoder
 
@@ -36,16 +49,25 @@ def start_engine(config: EngineConfig) -> tuple[EngineCore, EngineInfo]:
     if config.threads:
         torch.set_num_threads(config.threads)
     device = resolve_device(config)
-    model = _load(config, folder, device)
+    with _memory_for("the weights"):
+        model = _load(config, folder, device)
     limits = resolve_limits(config, model.state_spec, model.config.max_positions, device)
-    core = EngineCore(
-        model,
-        limits,
-        model.config.eos_token_ids,
-        device,
-        prefix_caching=config.prefix_caching,
-        graphs=config.cuda_graphs,
-    )
+    with (
+        _memory_for("the cache and the steps' graphs"),
+        _progress(config, MofNCompleteColumn()) as bar,
+    ):
+        task = bar.add_task("Capturing graphs", total=None, visible=device.type == "cuda")
+        core = EngineCore(
+            model,
+            limits,
+            model.config.eos_token_ids,
+            device,
+            prefix_caching=config.prefix_caching,
+            overlap=config.overlap and device.type == "cuda",
+            graphs=config.cuda_graphs,
+            grammars=_grammars(folder, model.config),
+            on_progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
     gc.collect()
     _trim_heap()
     # Nothing loaded so far ever becomes garbage; keep the collector from walking it.
@@ -59,6 +81,7 @@ def start_engine(config: EngineConfig) -> tuple[EngineCore, EngineInfo]:
         max_num_seqs=sizes.num_slots,
         page_size=sizes.page_size,
         num_pages=sizes.num_pages,
+        num_tails=core.stats().tails_total,
         eos_token_ids=model.config.eos_token_ids,
         device=_device_name(device),
         dtype=str(model.dtype).removeprefix("torch."),
@@ -72,11 +95,19 @@ def start_engine(config: EngineConfig) -> tuple[EngineCore, EngineInfo]:
     return core, info
 
 
+def _grammars(folder: Path, config: ModelConfig) -> Grammars | None:
+    """None where there is no text, or no token to end one with."""
+    if not config.eos_token_ids or not (folder / "tokenizer.json").exists():
+        return None
+    return Grammars(folder, config.vocab_size, config.eos_token_ids)
+
+
 def describe_conv(config: ModelConfig) -> str:
     """The convolutions of a model in one phrase."""
     conv = config.conv
     if conv is None:
-        return "none"
+        built_in = sum(not isinstance(m, Attention) for m in config.mixers)
+        return f"within the mixers of {built_in} layers" if built_in else "none"
     size = {
         "static": "",
         "lowrank": f", rank {conv.rank}",
@@ -90,17 +121,48 @@ def describe_conv(config: ModelConfig) -> str:
 
 
 def _load(config: EngineConfig, folder: Path, device: torch.device) -> Decoder:
-    dtype = resolve_dtype(config, read_config(folder).dtype, device)
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
-    with Progress(
-        *columns, console=Console(stderr=True), transient=True, disable=not config.progress
-    ) as bar:
+    model = read_config(folder)
+    dtype = resolve_dtype(config, model.dtype, device)
+    if config.deterministic:
+        _check_deterministic(config, model, device)
+    with _progress(config, DownloadColumn()) as bar:
         task = bar.add_task("Loading weights", total=None)
 
         def advance(done: int, total: int) -> None:
             bar.update(task, completed=done * dtype.itemsize, total=total * dtype.itemsize)
 
-        return load_model(folder, dtype, device, config.backend, advance)
+        adapter = Path(config.conv_adapter) if config.conv_adapter else None
+        backend = "deterministic" if config.deterministic else config.backend
+        return load_model(folder, dtype, device, backend, advance, adapter)
+
+
+def _check_deterministic(config: EngineConfig, model: ModelConfig, device: torch.device) -> None:
+    if device.type != "cuda":
+        raise ConfigError(f"deterministic: needs a CUDA device, and this engine runs on {device}")
+    if model.experts is not None:
+        raise ConfigError("deterministic: not for models with experts")
+    if config.backend != "auto":
+        raise ConfigError(f"deterministic: not with backend {config.backend}")
+
+
+def _progress(config: EngineConfig, counter: ProgressColumn) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), counter, TimeElapsedColumn())
+    return Progress(
+        *columns, console=Console(stderr=True), transient=True, disable=not config.progress
+    )
+
+
+@contextmanager
+def _memory_for(what: str) -> Generator[None]:
+    """Says what did not fit where the device's memory ends."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else 0
+        raise ConfigError(
+            f"memory: the device has no room for {what} ({mib(free)} free): "
+            "lower --memory, --max-num-seqs or --max-batch-tokens"
+        ) from error
 
 
 def _trim_heap() -> None:

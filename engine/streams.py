@@ -6,6 +6,8 @@ import asyncio
 import time
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from .client import EngineDeadError
 from .messages import (
     AbortRequest,
@@ -41,6 +43,7 @@ class RequestStreams:
         self.stats = EngineStats(pages_total=info.num_pages, slots_total=info.max_num_seqs)
         self._send = send
         self._streams: dict[str, _Stream] = {}
+        self._watch: Callable[[EngineStats], None] = lambda _: None
         self._death: EngineDeadError | None = None
         self._heard_at = time.monotonic()
 
@@ -69,6 +72,19 @@ class RequestStreams:
                     return
                 if isinstance(event, EngineDeadError):
                     raise event
+                # A reader that is behind the engine gets what has queued up as one event: writing
+                # it token by token would keep it behind.
+                while not stream.events.empty() and event.finish_reason is None:
+                    after = stream.events.get_nowait()
+                    if isinstance(after, TokenEvent) and _continues(event, after):
+                        event = _joined(event, after)
+                        continue
+                    yield event
+                    if after is None:
+                        return
+                    if isinstance(after, EngineDeadError):
+                        raise after
+                    event = after
                 yield event
                 if not stream.open and stream.events.empty():
                     return
@@ -95,10 +111,15 @@ class RequestStreams:
         if self._death is None:
             self._send(ResetPrefixCache())
 
+    def watch_stats(self, watch: Callable[[EngineStats], None]) -> None:
+        """See `EngineClient.watch_stats`."""
+        self._watch = watch
+
     def receive(self, report: StepReport | Heartbeat) -> None:
         """Takes a report of the engine in."""
         self._heard_at = time.monotonic()
         self.stats = report.stats
+        self._watch(report.stats)
         if isinstance(report, Heartbeat):
             return
         for event in report.events:
@@ -126,3 +147,18 @@ class RequestStreams:
         for stream in self._streams.values():
             if stream.open:
                 stream.events.put_nowait(self._death)
+
+
+def _continues(event: TokenEvent, after: TokenEvent) -> bool:
+    """Whether both can be told as one."""
+    return after.index == event.index and after.finish_reason not in ("abort", "error")
+
+
+def _joined(event: TokenEvent, after: TokenEvent) -> TokenEvent:
+    return msgspec.structs.replace(
+        event,
+        token_ids=event.token_ids + after.token_ids,
+        logprobs=event.logprobs + after.logprobs,
+        finish_reason=after.finish_reason,
+        stop_token=after.stop_token,
+    )

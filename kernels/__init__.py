@@ -7,6 +7,7 @@ from .batch import PADDING, FlatBatch
 from .blocks import AttentionParts, Convolved, MLPParts
 from .filters import ConvFilter, Stream
 from .ops import Ops
+from .recurrent import DeltaParts, SSDParts
 from .weights import PackedLinear, QKNorm
 
 __all__ = [
@@ -14,11 +15,13 @@ __all__ = [
     "AttentionParts",
     "ConvFilter",
     "Convolved",
+    "DeltaParts",
     "FlatBatch",
     "MLPParts",
     "Ops",
     "PackedLinear",
     "QKNorm",
+    "SSDParts",
     "Stream",
     "select_ops",
 ]

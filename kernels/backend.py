@@ -10,7 +10,7 @@ from .ops import Ops
 if TYPE_CHECKING:
     import torch
 
-Backend = Literal["auto", "reference", "triton"]
+Backend = Literal["auto", "reference", "triton", "deterministic"]
 
 
 def select_ops(device: torch.device, backend: Backend = "auto") -> Ops:
@@ -18,13 +18,17 @@ def select_ops(device: torch.device, backend: Backend = "auto") -> Ops:
 
     "auto" is Triton on a CUDA device, the CPU's own ops on a CPU and the reference elsewhere.
     "triton" on a CPU works under Triton's interpreter only (`TRITON_INTERPRET=1` before Triton is
-    first imported).
+    first imported). "deterministic" is Triton with one way to multiply and attend for all batches.
     """
     if backend == "auto" and device.type == "cpu":
         return cpu_ops()
     if backend == "reference" or (backend == "auto" and device.type != "cuda"):
         return Ops()
     # Imported only where it runs: Triton exists for Linux alone.
+    if backend == "deterministic":
+        from .triton_fixed import FixedTritonOps
+
+        return FixedTritonOps()
     from .triton_ops import TritonOps
 
     return TritonOps()

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import reference_attention, reference_conv
+from . import reference_attention, reference_conv, reference_recurrent, reference_sampling
 from .weights import PackedLinear, QKNorm
 
 if TYPE_CHECKING:
@@ -25,12 +25,15 @@ if TYPE_CHECKING:
     from .batch import FlatBatch
     from .blocks import AttentionParts, MLPParts
     from .filters import ConvFilter
+    from .recurrent import DeltaParts, SSDParts
 
 
 class Ops:
     """Reference implementation of every op; other backends override methods."""
 
     name = "reference"
+    is_capturable = False
+    """No op waits for the device or needs the batch's spans, so that a graph can hold a step."""
 
     def pack_linear(self, weight: Tensor, bias: Tensor | None) -> PackedLinear:
         """Prepares weight [out, in] (and bias [out]) once, at load."""
@@ -40,6 +43,10 @@ class Ops:
         """x [T, in] -> [T, out]."""
         return F.linear(x, packed.weight, packed.bias)
 
+    def silu_linear(self, x: Tensor, packed: PackedLinear, batch: FlatBatch) -> Tensor:
+        """silu(gate) * up, the halves of a linear layer's output. x [T, in] -> [T, out / 2]."""
+        return self.conv_silu_mul(self.linear(x, packed), None, None, None, batch)
+
     def pack_tied(self, table: Tensor) -> tuple[Tensor | PackedLinear, PackedLinear]:
         """For tied weights [V, H]: what `embed` reads and what `linear` multiplies by."""
         return table, self.pack_linear(table, None)
@@ -47,6 +54,39 @@ class Ops:
     def embed(self, token_ids: Tensor, table: Tensor | PackedLinear) -> Tensor:
         """token_ids [T] int64, table [V, H] (or as `pack_tied` gave it) -> [T, H]."""
         return F.embedding(token_ids, table.weight if isinstance(table, PackedLinear) else table)
+
+    def argmax(self, logits: Tensor) -> Tensor:
+        """The greedy choice. logits [N, V] -> [N] int64; the first of equals.
+
+        -1 where a row has no finite best: it holds NaN or infinity, or nothing but -infinity.
+        """
+        best, ids = logits.max(dim=-1)
+        return torch.where(torch.isfinite(best), ids, -1)
+
+    def sample(
+        self,
+        logits: Tensor,
+        temperature: Tensor,
+        top_k: Tensor,
+        top_p: Tensor,
+        min_p: Tensor,
+        u: Tensor,
+    ) -> Tensor:
+        """Draws a token a row: in order of id, the first whose cumulative probability exceeds u.
+
+        First min-p, then top-k of what is left, then top-p of that. Equals share a filter's fate.
+
+        Args:
+            logits: [N, V].
+            temperature: [N] float32; 0 for the greedy choice.
+            top_k: [N] int32; 0 or V for no limit.
+            top_p, min_p: [N] float32; 1 and 0 for no limit.
+            u: [N] float64, uniform in [0, 1).
+
+        Returns:
+            [N] int64; -1 as `argmax`.
+        """
+        return reference_sampling.sample(logits, temperature, top_k, top_p, min_p, u)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """x / sqrt(mean(x^2) + eps) * weight over the last axis. x [..., H], weight [H]."""
@@ -230,14 +270,17 @@ class Ops:
         As `attention_block`; rings are "gate_up" and "down".
         """
         p = parts
-        out = self.linear(x, p.gate_up)
-        hidden = self.conv_silu_mul(
-            out[:, : 2 * p.intermediate],
-            p.gate_up_conv.code(out),
-            p.gate_up_conv.filters,
-            rings.get("gate_up"),
-            batch,
-        )
+        if p.gate_up_conv.filters is None and p.gate_up.out_features == 2 * p.intermediate:
+            hidden = out = self.silu_linear(x, p.gate_up, batch)
+        else:
+            out = self.linear(x, p.gate_up)
+            hidden = self.conv_silu_mul(
+                out[:, : 2 * p.intermediate],
+                p.gate_up_conv.code(out),
+                p.gate_up_conv.filters,
+                rings.get("gate_up"),
+                batch,
+            )
         y = self.linear(hidden, p.down)
         return self.conv_add_rms_norm(
             y[:, : residual.shape[1]],
@@ -249,6 +292,80 @@ class Ops:
             eps,
             batch,
         )
+
+    def gated_conv(self, x: Tensor, filters: ConvFilter, ring: Tensor, batch: FlatBatch) -> Tensor:
+        """A convolution between two gates: x [T, 3 D] is b, c, x side by side; c * conv(b * x).
+
+        The convolution's input, and so what the ring holds, is the product. -> [T, D].
+        """
+        b, c, inner = x.chunk(3, dim=1)
+        return c * self.conv(b * inner, None, filters, ring, batch)
+
+    def delta_rule(
+        self,
+        parts: DeltaParts,
+        qkv: Tensor,
+        z: Tensor | None,
+        filters: ConvFilter | None,
+        ring: Tensor | None,
+        gate: Tensor,
+        b: Tensor,
+        a: Tensor,
+        state: Tensor,
+        batch: FlatBatch,
+    ) -> Tensor:
+        """Convolution of q, k, v, the gated delta rule over carried state, and its gated norm.
+
+        q and k are divided by their norms per head, q times key_dim^-0.5; beta = sigmoid(b);
+        g = rate * softplus(a + dt_bias). Per head, S <- exp(g) S; S <- S + k (beta (v - S^T k))^T;
+        o = S^T q; the output is RMSNorm(o) * silu(gate).
+
+        Args:
+            qkv: [T, 2 Hk K + Hv V], q then k then v. gate: [T, Hv V]. b, a: [T, Hv].
+            z, filters, ring: as `conv`, over the qkv channels; filters None for no convolution.
+            state: [slots, Hv, K, V] float32, read unless a sequence starts at 0, then written.
+
+        Returns:
+            [T, Hv V].
+        """
+        if filters is not None:
+            assert ring is not None
+            qkv = self.conv(qkv, z, filters, ring, batch)
+        return reference_recurrent.delta_rule(parts, qkv, gate, b, a, state, batch)
+
+    def ssd(
+        self,
+        parts: SSDParts,
+        xbc: Tensor,
+        z: Tensor | None,
+        filters: ConvFilter | None,
+        ring: Tensor | None,
+        gate: Tensor,
+        dt: Tensor,
+        state: Tensor,
+        batch: FlatBatch,
+    ) -> Tensor:
+        """Convolution of x, B, C, Mamba-2's selective state space over carried state, gated norm.
+
+        step = softplus(dt + dt_bias). Per head, S <- exp(rate * step) S + B (step x)^T;
+        y = S^T C + skip x; the output is RMSNorm(y * silu(gate)) over each group's channels.
+
+        Args:
+            xbc: [T, H P + 2 G N], x then B then C. gate: [T, H P]. dt: [T, H].
+            z, filters, ring: as `conv`, over the xbc channels; filters None for no convolution.
+            state: [slots, H, N, P] float32, read unless a sequence starts at 0, then written.
+
+        Returns:
+            [T, H P].
+        """
+        if filters is not None:
+            assert ring is not None
+            xbc = self.conv(xbc, z, filters, ring, batch)
+        return reference_recurrent.ssd(parts, xbc, gate, dt, state, batch)
+
+    def sigmoid_mul(self, x: Tensor, gate: Tensor) -> Tensor:
+        """x * sigmoid(gate). x [T, D], gate [T, D] or [T, 1] -> [T, D]."""
+        return (x * widen(gate).sigmoid()).to(x.dtype)
 
     def moe(
         self,

@@ -21,7 +21,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import triton_chunk_attention, tuning
-from .triton_chunk_attention import attend, load_keys
+from .triton_chunk_attention import attend, find_pages, load_keys
+from .triton_launch import overlapped, start_next, wait_previous
 
 if TYPE_CHECKING:
     from .batch import FlatBatch
@@ -66,7 +67,10 @@ def _split_kernel(
     M: tl.constexpr,
     N: tl.constexpr,
     DP: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    start_next(PDL)
+    wait_previous(PDL)
     split = tl.program_id(0)
     kv_head = tl.program_id(1)
     seq = tl.program_id(2)
@@ -91,11 +95,14 @@ def _split_kernel(
             k_head = k_pages + kv_head.to(tl.int64) * k_head_stride
             v_head = v_pages + kv_head.to(tl.int64) * v_head_stride
             pages = table + seq.to(tl.int64) * table_stride
+            page = find_pages(pages, begin + tl.arange(0, N), stop, PAGE)
             for at in range(begin, stop, N):
                 seen = at + tl.arange(0, N)
                 k, v = load_keys(
-                    k_head, v_head, k_page_stride, v_page_stride, pages, seen, stop, D, PAGE, DP
-                )
+                    k_head, v_head, k_page_stride, v_page_stride, page, seen, stop,
+                    D, PAGE, DP, True,
+                )  # fmt: skip
+                page = find_pages(pages, seen + N, stop, PAGE)
                 total, peak, value = attend(
                     queries, k, v, position, seen, stop, scale, total, peak, value, WINDOW, True
                 )
@@ -127,7 +134,10 @@ def _combine_kernel(
     N: tl.constexpr,
     SP: tl.constexpr,
     DP: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    start_next(PDL)
+    wait_previous(PDL)
     seq = tl.program_id(0) // ROWS
     row = tl.program_id(0) % ROWS
     head = tl.program_id(1)
@@ -200,7 +210,7 @@ def split(
     group = q_heads // kv_heads
     shape = {
         "Q_HEADS": q_heads, "D": head_dim, "WINDOW": window or 0, "ROWS": rows, "SPLITS": splits,
-        "N": tile.keys, "DP": padded,
+        "N": tile.keys, "DP": padded, **overlapped(q),
     }  # fmt: skip
     _split_kernel[(splits, kv_heads, seqs)](
         q, k_pages, v_pages, k_pages.stride(0), k_pages.stride(1), v_pages.stride(0),

@@ -29,6 +29,7 @@ from .triton_filters import (
     swap_columns,
     swap_rows,
 )
+from .triton_launch import overlapped, start_next, wait_previous
 from .triton_runs import runs_kernel
 
 if TYPE_CHECKING:
@@ -76,7 +77,9 @@ def _conv_kernel(
     M: tl.constexpr,
     N: tl.constexpr,
     REPEAT: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    start_next(PDL)
     first_column, start, size, base, z_start = locate_block(tl.program_id(0), SEGMENTS, N)
     within = first_column - start + tl.arange(0, N)
     valid = within < size
@@ -93,6 +96,7 @@ def _conv_kernel(
         up, static, bias, channel, convolved, order, order_keep,
         D, W, R, KIND, GENERATE, BIAS, M, N,
     )  # fmt: skip
+    wait_previous(PDL)
     meta = (positions, row_seq, starts, slots, ring_rows)
     for i in range(REPEAT):
         first_row = (tl.program_id(1) * REPEAT + i) * M
@@ -135,8 +139,11 @@ def _ring_store_kernel(
     ring_rows,
     SEGMENTS: tl.constexpr,
     N: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """The last ring_len rows of each sequence: only they survive the step."""
+    start_next(PDL)
+    wait_previous(PDL)
     first_column, start, size, base, _z = locate_block(tl.program_id(2), SEGMENTS, N)
     within = first_column - start + tl.arange(0, N)
     seq = tl.program_id(0)
@@ -180,6 +187,7 @@ def conv(
         "BIAS": filters.bias is not None, "SCALE": filters.scale,
         "SILU": filters.activation == "silu", "ADD": residual is not None,
         "RING": batch.ring_len, "N": tile.channels, "num_warps": tile.warps,
+        **overlapped(x),
     }  # fmt: skip
     if runs and mode == "long":
         grid = (blocks, triton.cdiv(count, tile.rows))
@@ -200,7 +208,7 @@ def store_ring(x: Tensor, filters: ConvFilter, ring: Tensor, batch: FlatBatch) -
     grid = (len(batch.slots), min(batch.ring_len, batch.max_rows), blocks)
     _ring_store_kernel[grid](
         x, x.stride(0), ring, ring_row_stride(ring), batch.offsets, batch.ring_rows,
-        SEGMENTS=blocked, N=block, num_warps=4 if block >= 512 else 1,
+        SEGMENTS=blocked, N=block, num_warps=4 if block >= 512 else 1, **overlapped(x),
     )  # fmt: skip
 
 

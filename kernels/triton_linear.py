@@ -11,6 +11,8 @@ Knows nothing of what is multiplied. Weights are [out, in], as torch keeps them.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -18,6 +20,37 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tuning
+from .triton_launch import overlapped, stages_that_fit, start_next, wait_previous
+
+
+@triton.jit
+def _outputs(out_features, N: tl.constexpr, GATED: tl.constexpr):
+    """The N outputs of this program -> (rows of the weight, which of them exist).
+
+    GATED: half of them are gates, the other half what they gate, `out_features / 2` rows later.
+    """
+    i = tl.arange(0, N)
+    if GATED:
+        n = tl.program_id(0) * (N // 2) + i % (N // 2)
+        return n + i // (N // 2) * (out_features // 2), n < out_features // 2
+    n = tl.program_id(0) * N + i
+    return n, n < out_features
+
+
+@triton.jit
+def _store(out, y, count, out_features, M: tl.constexpr, N: tl.constexpr, GATED: tl.constexpr):
+    """y [N, M] -> out [count, out_features], or silu(gate) * up [count, out_features / 2]."""
+    width = out_features
+    size: tl.constexpr = N // 2 if GATED else N
+    if GATED:
+        width = out_features // 2
+        gate, up = tl.split(tl.permute(tl.reshape(y, (2, size, M)), (1, 2, 0)))
+        y = gate * tl.sigmoid(gate) * up
+    n = tl.program_id(0) * size + tl.arange(0, size)
+    m = tl.arange(0, M)
+    place = out + m[None, :] * width + n[:, None]
+    there = (n < width)[:, None] & (m < count)[None, :]
+    tl.store(place, y.to(out.dtype.element_ty), mask=there)
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -34,33 +67,42 @@ def _gemv_kernel(
     M: tl.constexpr,
     N: tl.constexpr,
     BK: tl.constexpr,
+    GATED: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """At most M rows of x. Products are kept apart per lane and summed once, at the end."""
-    n = tl.program_id(0) * N + tl.arange(0, N)
-    valid = n < out_features
-    totals = ()
-    for _m in tl.static_range(M):
-        totals = totals + (tl.zeros((N, BK), tl.float32),)
-    # Unrolled, so that all loads of weights are in flight together.
+    start_next(PDL)
+    n, valid = _outputs(out_features, N, GATED)
+    # Unrolled, so that all weights are on their way together, before x is known.
+    weights = ()
     for at in tl.static_range(0, K, BK):
         k = at + tl.arange(0, BK)
         mask = valid[:, None] & (k < K)[None, :]
-        w = tl.load(weight + n[:, None].to(tl.int64) * K + k[None, :], mask=mask, other=0.0)
+        w_at = weight + n[:, None].to(tl.int64) * K + k[None, :]
+        weights = weights + (tl.load(w_at, mask=mask, other=0.0),)
+    wait_previous(PDL)
+    totals = ()
+    for _m in tl.static_range(M):
+        totals = totals + (tl.zeros((N, BK), tl.float32),)
+    for i in tl.static_range((K + BK - 1) // BK):
+        k = i * BK + tl.arange(0, BK)
+        mask = valid[:, None] & (k < K)[None, :]
+        w = weights[i].to(tl.float32)
         sums = ()
         for m in tl.static_range(M):
             # Spread over the outputs, so that it has the layout of the weights: no exchange.
             at_x = x + m * x_stride + tl.broadcast_to(k[None, :], (N, BK))
             there = tl.full((1, 1), m, tl.int32) < count
             value = tl.load(at_x, mask=mask & there, other=0.0)
-            sums = sums + (totals[m] + w.to(tl.float32) * value.to(tl.float32),)
+            sums = sums + (totals[m] + w * value.to(tl.float32),)
         totals = sums
+    shift = tl.zeros((N,), tl.float32)
+    if BIAS:
+        shift = tl.load(bias + n, mask=valid, other=0.0).to(tl.float32)
     for m in tl.static_range(M):
-        y = tl.sum(totals[m], axis=1)
-        if BIAS:
-            y += tl.load(bias + n, mask=valid, other=0.0).to(tl.float32)
-        place = out + m * out_features + n
-        there = tl.full((1,), m, tl.int32) < count
-        tl.store(place, y.to(out.dtype.element_ty), mask=valid & there)
+        y = tl.reshape(tl.sum(totals[m], axis=1) + shift, (N, 1))
+        width = out_features // 2 if GATED else out_features
+        _store(out + m * width, y, count - m, out_features, 1, N, GATED)
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -77,44 +119,151 @@ def _skinny_kernel(
     M: tl.constexpr,
     N: tl.constexpr,
     BK: tl.constexpr,
+    SLICES: tl.constexpr,
+    GATED: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    n = tl.program_id(0) * N + tl.arange(0, N)
+    """On matrix units. SLICES pieces of the depth are multiplied side by side, one a warp, and
+    summed at the end: a single one is a chain of dependent products that takes longer than the
+    read of its weights where a program has few outputs.
+    """
+    start_next(PDL)
+    wait_previous(PDL)
+    n, valid = _outputs(out_features, N, GATED)
     m = tl.arange(0, M)
-    valid = n < out_features
     keep = m < count
-    total = tl.zeros((N, M), tl.float32)
-    for at in range(0, K, BK):
-        k = at + tl.arange(0, BK)
-        inside = (k < K)[None, :]
-        w_at = weight + n[:, None].to(tl.int64) * K + k[None, :]
-        w = tl.load(w_at, mask=valid[:, None] & inside, other=0.0)
-        value = tl.load(
-            x + m[:, None] * x_stride + k[None, :], mask=keep[:, None] & inside, other=0.0
-        )
-        total = tl.dot(w, tl.trans(value), acc=total, input_precision="ieee")
+    rows = weight + n.to(tl.int64) * K
+    if SLICES == 1:
+        total = tl.zeros((N, M), tl.float32)
+        for at in range(0, K, BK):
+            k = at + tl.arange(0, BK)
+            inside = (k < K)[None, :]
+            w = tl.load(rows[:, None] + k[None, :], mask=valid[:, None] & inside, other=0.0)
+            x_at = x + m[:, None] * x_stride + k[None, :]
+            value = tl.load(x_at, mask=keep[:, None] & inside, other=0.0)
+            total = tl.dot(w, tl.trans(value), acc=total, input_precision="ieee")
+    else:
+        depth = tl.arange(0, SLICES)[:, None, None] * (BK // SLICES)
+        depth += tl.arange(0, BK // SLICES)[None, None, :]
+        w_at = rows[None, :, None] + depth
+        x_at = x + m[None, :, None] * x_stride + depth
+        totals = tl.zeros((SLICES, N, M), tl.float32)
+        for at in range(0, K, BK):
+            inside = at + depth < K
+            w = tl.load(w_at + at, mask=valid[None, :, None] & inside, other=0.0)
+            value = tl.load(x_at + at, mask=keep[None, :, None] & inside, other=0.0)
+            totals = tl.dot(w, tl.permute(value, (0, 2, 1)), acc=totals, input_precision="ieee")
+        total = tl.sum(totals, axis=0)
     if BIAS:
         total += tl.load(bias + n, mask=valid, other=0.0).to(tl.float32)[:, None]
-    place = out + m[None, :] * out_features + n[:, None]
-    tl.store(place, total.to(out.dtype.element_ty), mask=valid[:, None] & keep[None, :])
+    _store(out, total, count, out_features, M, N, GATED)
+
+
+@triton.jit(do_not_specialize=["count"])
+def _held_kernel(
+    x,
+    x_stride,
+    weight,
+    bias,
+    out,
+    count,
+    out_features,
+    K: tl.constexpr,
+    BIAS: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    BK: tl.constexpr,
+    SLICES: tl.constexpr,
+    GATED: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """As `_skinny_kernel` with slices; all weights of the program wait in shared memory for x."""
+    start_next(PDL)
+    n, valid = _outputs(out_features, N, GATED)
+    m = tl.arange(0, M)
+    slices = tl.arange(0, SLICES)[:, None, None] * (BK // SLICES)
+    rows = weight + n.to(tl.int64)[None, :, None] * K
+    weights = ()
+    for at in tl.static_range(0, K, BK):
+        depth = at + slices + tl.arange(0, BK // SLICES)[None, None, :]
+        mask = valid[None, :, None] & (depth < K)
+        weights = weights + (tl.load(rows + depth, mask=mask, other=0.0),)
+    wait_previous(PDL)
+    values = ()
+    for at in tl.static_range(0, K, BK):
+        # Loaded as the product takes it: a transposition would cost a barrier for each piece.
+        depth = at + slices + tl.arange(0, BK // SLICES)[None, :, None]
+        mask = (m < count)[None, None, :] & (depth < K)
+        x_at = x + m[None, None, :] * x_stride + depth
+        values = values + (tl.load(x_at, mask=mask, other=0.0),)
+    totals = tl.zeros((SLICES, N, M), tl.float32)
+    for i in tl.static_range((K + BK - 1) // BK):
+        totals = tl.dot(weights[i], values[i], acc=totals, input_precision="ieee")
+    total = tl.sum(totals, axis=0)
+    if BIAS:
+        total += tl.load(bias + n, mask=valid, other=0.0).to(tl.float32)[:, None]
+    _store(out, total, count, out_features, M, N, GATED)
 
 
 def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, tile: tuning.LinearTile | None = None
 ) -> Tensor:
     """x [T, in], weight [out, in], bias [out] -> [T, out]."""
-    count = len(x)
-    out_features, in_features = weight.shape
-    tile = tile or tuning.linear_tile(count, out_features, in_features, weight.dtype)
-    if tile is None or not weight.is_contiguous():
+    tile = tile or _find_tile(x, weight)
+    if tile is None:
         return F.linear(x, weight, bias)
+    return _launch(x, weight, bias, tile, gated=False)
+
+
+def silu_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, tile: tuning.LinearTile | None = None
+) -> Tensor | None:
+    """silu(gate) * up of the linear layer's output, gate then up: x [T, in] -> [T, out / 2].
+
+    None where cuBLAS is the faster one for the product.
+    """
+    tile = tile or _find_tile(x, weight)
+    if tile is None:
+        return None
+    tile = replace(tile, outputs=max(tile.outputs, 2))
+    return _launch(x, weight, bias, tile, gated=True)
+
+
+def _find_tile(x: Tensor, weight: Tensor) -> tuning.LinearTile | None:
+    """The table's tile if the device can run it."""
+    tile = tuning.linear_tile(len(x), *weight.shape, weight.dtype)
+    if tile is None or not weight.is_contiguous():
+        return None
+    if tile.rows >= 8:
+        depth, stages = (weight.shape[1], 1) if tile.stages == 0 else (tile.depth, tile.stages)
+        stage = (tile.outputs + tile.rows) * depth * weight.element_size()
+        if stages_that_fit(stages, stage, x) < stages:
+            return None
+    return tile
+
+
+def _launch(
+    x: Tensor, weight: Tensor, bias: Tensor | None, tile: tuning.LinearTile, *, gated: bool
+) -> Tensor:
+    out_features, in_features = weight.shape
+    width = out_features // 2 if gated else out_features
     x = x if x.stride(1) == 1 else x.contiguous()
-    out = torch.empty((count, out_features), dtype=x.dtype, device=x.device)
+    out = torch.empty((len(x), width), dtype=x.dtype, device=x.device)
     grid = (triton.cdiv(out_features, tile.outputs),)
-    shift = weight if bias is None else bias
-    kernel = _gemv_kernel if tile.rows < 16 else _skinny_kernel
-    kernel[grid](
-        x, x.stride(0), weight, shift, out, count, out_features, K=in_features,
-        BIAS=bias is not None, M=tile.rows, N=tile.outputs, BK=tile.depth,
-        num_warps=tile.warps, num_stages=tile.stages,
+    if gated:
+        grid = (triton.cdiv(width, tile.outputs // 2),)
+    arguments = (
+        x, x.stride(0), weight, weight if bias is None else bias, out, len(x), out_features
     )  # fmt: skip
+    shapes = {
+        "K": in_features, "BIAS": bias is not None, "M": tile.rows, "N": tile.outputs,
+        "BK": tile.depth, "GATED": gated, "num_warps": tile.warps,
+        "num_stages": max(tile.stages, 1), **overlapped(x),
+    }  # fmt: skip
+    if tile.rows < 8:
+        _gemv_kernel[grid](*arguments, **shapes)
+    elif tile.stages == 0:
+        _held_kernel[grid](*arguments, SLICES=tile.slices, **shapes)
+    else:
+        _skinny_kernel[grid](*arguments, SLICES=tile.slices, **shapes)
     return out

@@ -25,6 +25,7 @@ from .triton_filters import (
     swap_columns,
     swap_rows,
 )
+from .triton_launch import overlapped, start_next, wait_previous
 
 if TYPE_CHECKING:
     from .batch import FlatBatch
@@ -33,8 +34,17 @@ if TYPE_CHECKING:
 
 @triton.jit(do_not_specialize=["count"])
 def _silu_mul_kernel(
-    x, x_stride, out, count, INNER: tl.constexpr, M: tl.constexpr, N: tl.constexpr
+    x,
+    x_stride,
+    out,
+    count,
+    INNER: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    start_next(PDL)
+    wait_previous(PDL)
     row = tl.program_id(1) * M + tl.arange(0, M)
     column = tl.program_id(0) * N + tl.arange(0, N)
     inside = (row < count)[:, None] & (column < INNER)[None, :]
@@ -81,8 +91,10 @@ def _conv_silu_mul_kernel(
     M: tl.constexpr,
     N: tl.constexpr,
     REPEAT: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """GATE and UP: (first covered channel, first z column)."""
+    start_next(PDL)
     within = tl.program_id(0) * N + tl.arange(0, N)
     valid = within < INNER
     gate_channel = GATE[0] + within
@@ -99,6 +111,7 @@ def _conv_silu_mul_kernel(
         up, static, bias, up_channel, valid, UP[0] + order, order_keep,
         D, W, R, KIND, GENERATE, BIAS, M, N,
     )  # fmt: skip
+    wait_previous(PDL)
     meta = (positions, row_seq, starts, slots, ring_rows)
     for i in range(REPEAT):
         first_row = (tl.program_id(1) * REPEAT + i) * M
@@ -147,8 +160,9 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     block = min(block, triton.next_power_of_2(inner))
     grid = (triton.cdiv(inner, block), triton.cdiv(count, rows))
     _silu_mul_kernel[grid](
-        gate_up, gate_up.stride(0), out, count, INNER=inner, M=rows, N=block, num_warps=4
-    )
+        gate_up, gate_up.stride(0), out, count, INNER=inner, M=rows, N=block, num_warps=4,
+        **overlapped(gate_up),
+    )  # fmt: skip
     return out
 
 
@@ -184,6 +198,7 @@ def conv_silu_mul(
         BIAS=filters.bias is not None, SCALE=filters.scale, SILU=filters.activation == "silu",
         RING=batch.ring_len, MODE=mode,
         M=tile.rows, N=tile.channels, REPEAT=tile.repeat, num_warps=tile.warps,
+        **overlapped(gate_up),
     )  # fmt: skip
     if mode == "long":
         triton_conv.store_ring(gate_up, filters, ring, batch)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from . import triton_conv
 from .triton_filters import convolve, load_code, load_weights, load_window, locate_rows
+from .triton_launch import overlapped, start_next, wait_previous
 
 if TYPE_CHECKING:
     from .batch import FlatBatch
@@ -36,12 +37,15 @@ def _norm_kernel(
     EPS: tl.constexpr,
     ADD: tl.constexpr,
     N: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    start_next(PDL)
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, N)
     valid = column < H
-    value = tl.load(x + row * x_stride + column, mask=valid, other=0.0)
     scale = tl.load(weight + column, mask=valid, other=0.0).to(tl.float32)
+    wait_previous(PDL)
+    value = tl.load(x + row * x_stride + column, mask=valid, other=0.0)
     if ADD:
         before = tl.load(residual + row * H + column, mask=valid, other=0.0)
         # What the next layer reads is the rounded sum, so the norm is of that.
@@ -86,7 +90,9 @@ def _conv_norm_kernel(
     RING: tl.constexpr,
     MODE: tl.constexpr,
     N: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    start_next(PDL)
     first = tl.program_id(0)
     row = first + tl.arange(0, 1)
     column = tl.arange(0, N)
@@ -94,6 +100,8 @@ def _conv_norm_kernel(
     weights = load_weights(
         static, static, bias, column, valid, column, valid, H, W, 0, KIND, GENERATE, BIAS, 1, N
     )
+    scale = tl.load(weight + column[None, :], mask=valid[None, :], other=0.0).to(tl.float32)
+    wait_previous(PDL)
     meta = (positions, row_seq, starts, slots, ring_rows)
     keep, spot, ring_row = locate_rows(row, first, count, meta, W, RING, MODE, 1)
     code = load_code(
@@ -106,7 +114,6 @@ def _conv_norm_kernel(
     place = row[:, None].to(tl.int64) * H + column[None, :]
     inside = keep[:, None] & valid[None, :]
     before = tl.load(residual + place, mask=inside, other=0.0).to(tl.float32)
-    scale = tl.load(weight + column[None, :], mask=valid[None, :], other=0.0).to(tl.float32)
 
     y = convolve(window, code, weights, W, 0, KIND, GENERATE, SCALE, SILU, 1, N)
     value = (y + before).to(out.dtype.element_ty)
@@ -132,8 +139,10 @@ def _norm_qk_kernel(
     GROUP_K: tl.constexpr,
     EPS: tl.constexpr,
     N: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One group (a head, or all of q or k) of one row; the last groups copy v."""
+    start_next(PDL)
     row = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1)
     q_groups: tl.constexpr = Q // GROUP_Q
@@ -144,8 +153,9 @@ def _norm_qk_kernel(
     start = tl.where(is_q, group * GROUP_Q, Q + (group - q_groups) * GROUP_K)
     column = tl.arange(0, N)
     valid = column < width
-    value = tl.load(x + row * x_stride + start + column, mask=valid, other=0.0)
     scale = tl.load(tl.where(is_q, weight_q, weight_k) + column, mask=valid, other=0.0)
+    wait_previous(PDL)
+    value = tl.load(x + row * x_stride + start + column, mask=valid, other=0.0)
     wide = value.to(tl.float32)
     inverse = tl.rsqrt(tl.sum(wide * wide, axis=0) / width + EPS)
     normed = (wide * inverse * scale.to(tl.float32)).to(value.dtype)
@@ -208,7 +218,7 @@ def conv_add_rms_norm(
         H=width, EPS=eps, Z_START=filters.streams[0].z_start, W=filters.width,
         HEAD=filters.head_size, KIND=filters.kind, GENERATE=mode, BIAS=filters.bias is not None,
         SCALE=filters.scale, SILU=filters.activation == "silu", RING=batch.ring_len,
-        MODE=step, N=block, num_warps=_row_warps(block),
+        MODE=step, N=block, num_warps=_row_warps(block), **overlapped(x),
     )  # fmt: skip
     if step == "long":
         triton_conv.store_ring(x, filters, ring, batch)
@@ -225,7 +235,7 @@ def norm_qk(x: Tensor, norm: QKNorm, q_heads: int, kv_heads: int, head_dim: int)
     _norm_qk_kernel[(len(x), q // group_q + 2 * (kv // group_k))](
         x, x.stride(0), norm.q, norm.k, out,
         Q=q, KV=kv, GROUP_Q=group_q, GROUP_K=group_k, EPS=norm.eps, N=block,
-        num_warps=_row_warps(block),
+        num_warps=_row_warps(block), **overlapped(x),
     )  # fmt: skip
     return out
 
@@ -244,7 +254,7 @@ def _launch_norm(
     block = triton.next_power_of_2(width)
     _norm_kernel[(rows,)](
         x, x.stride(0), residual, weight, out, total,
-        H=width, EPS=eps, ADD=add, N=block, num_warps=_row_warps(block),
+        H=width, EPS=eps, ADD=add, N=block, num_warps=_row_warps(block), **overlapped(x),
     )  # fmt: skip
 
 

@@ -8,25 +8,67 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from . import triton_attention, triton_conv, triton_linear, triton_mlp, triton_norm, triton_qkv
+from . import (
+    triton_attention,
+    triton_conv,
+    triton_gated_conv,
+    triton_linear,
+    triton_mlp,
+    triton_moe,
+    triton_norm,
+    triton_qkv,
+    triton_recurrent,
+    triton_sampling,
+    triton_tokens,
+)
 from .ops import Ops
+from .weights import PackedLinear
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from .batch import FlatBatch
     from .filters import ConvFilter
-    from .ops import PackedLinear, QKNorm
+    from .recurrent import DeltaParts, SSDParts
+    from .weights import QKNorm
 
 
 class TritonOps(Ops):
-    """Triton kernels; `embed` and `moe` are the reference's."""
+    """Triton kernels."""
 
     name = "triton"
+    is_capturable = True
 
     def linear(self, x: Tensor, packed: PackedLinear) -> Tensor:
         """See `Ops.linear`: a Triton kernel for few rows, where the table says so, or cuBLAS."""
         return triton_linear.linear(x, packed.weight, packed.bias)
+
+    def silu_linear(self, x: Tensor, packed: PackedLinear, batch: FlatBatch) -> Tensor:
+        """See `Ops.silu_linear`: in one launch where `linear` is a Triton kernel."""
+        hidden = triton_linear.silu_linear(x, packed.weight, packed.bias)
+        return super().silu_linear(x, packed, batch) if hidden is None else hidden
+
+    def embed(self, token_ids: Tensor, table: Tensor | PackedLinear) -> Tensor:
+        """See `Ops.embed`; an id outside the table gives zeros."""
+        return triton_tokens.embed(
+            token_ids, table.weight if isinstance(table, PackedLinear) else table
+        )
+
+    def argmax(self, logits: Tensor) -> Tensor:
+        """See `Ops.argmax`."""
+        return triton_tokens.argmax(logits)
+
+    def sample(
+        self,
+        logits: Tensor,
+        temperature: Tensor,
+        top_k: Tensor,
+        top_p: Tensor,
+        min_p: Tensor,
+        u: Tensor,
+    ) -> Tensor:
+        """See `Ops.sample`."""
+        return triton_sampling.sample(logits, temperature, top_k, top_p, min_p, u)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """See `Ops.rms_norm`."""
@@ -43,6 +85,41 @@ class TritonOps(Ops):
     ) -> Tensor:
         """See `Ops.conv`."""
         return triton_conv.conv(x, z, filters, ring, batch)
+
+    def gated_conv(self, x: Tensor, filters: ConvFilter, ring: Tensor, batch: FlatBatch) -> Tensor:
+        """See `Ops.gated_conv`. The convolution is not rounded before the gate."""
+        return triton_gated_conv.gated_conv(x, filters, ring, batch)
+
+    def delta_rule(
+        self,
+        parts: DeltaParts,
+        qkv: Tensor,
+        z: Tensor | None,
+        filters: ConvFilter | None,
+        ring: Tensor | None,
+        gate: Tensor,
+        b: Tensor,
+        a: Tensor,
+        state: Tensor,
+        batch: FlatBatch,
+    ) -> Tensor:
+        """See `Ops.delta_rule`. Padding rows are left unwritten."""
+        return triton_recurrent.delta_rule(parts, qkv, z, filters, ring, gate, b, a, state, batch)
+
+    def ssd(
+        self,
+        parts: SSDParts,
+        xbc: Tensor,
+        z: Tensor | None,
+        filters: ConvFilter | None,
+        ring: Tensor | None,
+        gate: Tensor,
+        dt: Tensor,
+        state: Tensor,
+        batch: FlatBatch,
+    ) -> Tensor:
+        """See `Ops.ssd`. Padding rows are left unwritten."""
+        return triton_recurrent.ssd(parts, xbc, z, filters, ring, gate, dt, state, batch)
 
     def qkv_rope_write(
         self,
@@ -101,3 +178,15 @@ class TritonOps(Ops):
             return triton_mlp.silu_mul(gate_up)
         assert ring is not None
         return triton_mlp.conv_silu_mul(gate_up, z, filters, ring, batch)
+
+    def moe(
+        self,
+        x: Tensor,
+        router_logits: Tensor,
+        gate_up: Tensor,
+        down: Tensor,
+        top_k: int,
+        normalize: bool,
+    ) -> Tensor:
+        """See `Ops.moe`. Of experts equally probable the first is chosen."""
+        return triton_moe.moe(x, router_logits, gate_up, down, top_k, normalize)

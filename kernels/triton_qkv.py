@@ -3,10 +3,7 @@
 # pyright: reportOperatorIssue=false, reportReturnType=false, reportAssignmentType=false
 """q, k and v in one launch: convolution, per-head QK-norm, RoPE, the store into KV pages and ring.
 
-A tile is some rows x one head, held as two halves [M, N]: the channels that RoPE turns against
-each other meet in one thread. Channels past the rotary ones ride along as pairs with angle zero.
-
-Knows nothing of attention; pages are [pages, kv heads, page_size, head_dim].
+A tile is some rows x one head in halves (`triton_heads`). Knows nothing of attention.
 """
 
 from __future__ import annotations
@@ -29,7 +26,10 @@ from .triton_filters import (
     swap_columns,
     swap_rows,
 )
+from .triton_heads import halves, load_norms, locate_head, store_head, turn
+from .triton_launch import overlapped, start_next, wait_previous
 from .triton_norm import norm_qk
+from .triton_qkv_runs import qkv_runs_kernel
 
 if TYPE_CHECKING:
     from .batch import FlatBatch
@@ -87,24 +87,19 @@ def _qkv_kernel(
     M: tl.constexpr,
     N: tl.constexpr,
     REPEAT: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    start_next(PDL)
     HALF: tl.constexpr = (HEAD_DIM + 1) // 2
     TURN: tl.constexpr = ROTARY // 2
     BLOCKS: tl.constexpr = (HALF + N - 1) // N
     head = tl.program_id(0) // BLOCKS
-    is_q = head < Q_HEADS
-    is_v = head >= Q_HEADS + KV_HEADS
-    # Everything of the part (q, k or v) that the head belongs to: (covered channel or -1, z
-    # column, channels of its stream before it).
-    base = tl.where(is_q, PARTS[0][0], tl.where(is_v, PARTS[2][0], PARTS[1][0]))
-    z_start = tl.where(is_q, PARTS[0][1], tl.where(is_v, PARTS[2][1], PARTS[1][1]))
-    before = tl.where(is_q, PARTS[0][2], tl.where(is_v, PARTS[2][2], PARTS[1][2]))
+    is_q, is_v, part_head, base, z_start, before = locate_head(head, PARTS, Q_HEADS, KV_HEADS)
     covered = base >= 0
-    part_head = head - tl.where(is_q, 0, tl.where(is_v, Q_HEADS + KV_HEADS, Q_HEADS))
 
     first_pair = (tl.program_id(0) % BLOCKS) * N
     pair = first_pair + tl.arange(0, N)
-    low, high = _halves(pair, HEAD_DIM, ROTARY)
+    low, high = halves(pair, HEAD_DIM, ROTARY)
     low_valid = pair < HALF
     high_valid = low_valid & (high < HEAD_DIM)
     turned = (pair < TURN) & (head + 0 * pair < Q_HEADS + KV_HEADS)
@@ -119,7 +114,7 @@ def _qkv_kernel(
         high_keep = high_convolved
         if GENERATE == "swap":
             swapped = first_pair + swap_columns(N)
-            low_order, high_order = _halves(swapped, HEAD_DIM, ROTARY)
+            low_order, high_order = halves(swapped, HEAD_DIM, ROTARY)
             low_keep = (swapped < HALF) & (base + 0 * pair >= 0)
             high_keep = low_keep & (high_order < HEAD_DIM)
         low_weights = load_weights(
@@ -130,6 +125,9 @@ def _qkv_kernel(
             up, static, bias, offset + high, high_convolved, offset + high_order, high_keep,
             D, W, R, KIND, GENERATE, BIAS, M, N,
         )  # fmt: skip
+    norms = load_norms(norm_q, norm_k, is_q, low, high, low_valid, high_valid, NORM)
+    wait_previous(PDL)
+    pages = (k_pages, v_pages, k_page_stride, k_head_stride, v_page_stride, v_head_stride)
     meta = (positions, row_seq, starts, slots, ring_rows)
     for i in range(REPEAT):
         first_row = (tl.program_id(1) * REPEAT + i) * M
@@ -176,11 +174,6 @@ def _qkv_kernel(
         angle_mask = keep[:, None] & turned[None, :]
         cos = tl.load(angle, mask=angle_mask, other=1.0)
         sin = tl.load(angle + TURN, mask=angle_mask, other=0.0)
-        if NORM:
-            norm_weight = tl.where(is_q, norm_q, norm_k)
-            low_norm = tl.load(norm_weight + low, mask=low_valid, other=0.0).to(tl.float32)
-            high_norm = tl.load(norm_weight + high, mask=high_valid, other=0.0).to(tl.float32)
-
         if KIND != "none":
             a = convolve(low_window, low_code, low_weights, W, R, KIND, GENERATE, SCALE, SILU, M, N)
             b = convolve(
@@ -195,45 +188,14 @@ def _qkv_kernel(
                 tl.store(target + low[None, :], low_window[0], mask=low_mask)
                 high_mask = stored & high_convolved[None, :]
                 tl.store(target + high[None, :], high_window[0], mask=high_mask)
-        if NORM:
-            # Lanes without a channel hold zero when the convolution has no bias there: mask them.
-            squares = tl.where(low_valid[None, :], a * a, 0.0)
-            squares += tl.where(high_valid[None, :], b * b, 0.0)
-            inverse = tl.rsqrt(tl.sum(squares, axis=1) / HEAD_DIM + EPS)[:, None]
-            a = tl.where(is_v, a, a * inverse * low_norm[None, :])
-            b = tl.where(is_v, b, b * inverse * high_norm[None, :])
-        first = (a * cos - b * sin).to(q_out.dtype.element_ty)
-        second = (b * cos + a * sin).to(q_out.dtype.element_ty)
-
-        if is_q:
-            target = q_out + row[:, None].to(tl.int64) * (Q_HEADS * HEAD_DIM) + head * HEAD_DIM
-            written = keep
-        else:
-            written = kv_row >= 0
-            page = kv_row // PAGE
-            inside = (kv_row % PAGE) * HEAD_DIM
-            if is_v:
-                place = page * v_page_stride + part_head * v_head_stride + inside
-                target = v_pages + place[:, None]
-            else:
-                place = page * k_page_stride + part_head * k_head_stride + inside
-                target = k_pages + place[:, None]
-        tl.store(target + low[None, :], first, mask=written[:, None] & low_valid[None, :])
-        tl.store(target + high[None, :], second, mask=written[:, None] & high_valid[None, :])
-
-
-@triton.jit
-def _halves(pair, HEAD_DIM: tl.constexpr, ROTARY: tl.constexpr):
-    """The two channels of a head that a pair is made of."""
-    TURN: tl.constexpr = ROTARY // 2
-    if ROTARY == HEAD_DIM:
-        low = pair
-        high = pair + TURN
-    else:
-        rest: tl.constexpr = (HEAD_DIM - ROTARY + 1) // 2
-        low = tl.where(pair < TURN, pair, ROTARY + pair - TURN)
-        high = low + tl.where(pair < TURN, TURN, rest)
-    return low, high
+        first, second = turn(
+            a, b, cos, sin, norms, is_v, low_valid, high_valid,
+            q_out.dtype.element_ty, HEAD_DIM, NORM, EPS,
+        )  # fmt: skip
+        store_head(
+            first, second, row, keep, kv_row, low, high, low_valid, high_valid, head, part_head,
+            is_q, is_v, q_out, pages, Q_HEADS, HEAD_DIM, PAGE,
+        )  # fmt: skip
 
 
 def qkv_rope_write(
@@ -268,46 +230,57 @@ def qkv_rope_write(
     count = len(qkv)
     q = torch.empty((count, q_heads, head_dim), dtype=qkv.dtype, device=qkv.device)
     half = (head_dim + 1) // 2
-    tile = tile or tuning.qkv_tile(count, filters)
+    mode = "long" if filters is None else triton_conv.step_mode(filters, batch)
+    whole = rope.shape[1] == head_dim and half in (32, 64, 128)
+    tile = tile or tuning.qkv_tile(count, filters, mode == "long" and whole)
+    runs = tile.generate == "runs"
     pairs = min(tile.channels, triton.next_power_of_2(half))
-    if norm is not None:
+    if norm is not None or runs:
         pairs = triton.next_power_of_2(half)
-    grid = (
-        (q_heads + 2 * kv_heads) * triton.cdiv(half, pairs),
-        triton.cdiv(count, tile.rows * tile.repeat),
-    )
+    heads = q_heads + 2 * kv_heads
+    grid = (heads * triton.cdiv(half, pairs), triton.cdiv(count, tile.rows * tile.repeat))
     common = {
-        "Q_HEADS": q_heads, "KV_HEADS": kv_heads, "HEAD_DIM": head_dim, "ROTARY": rope.shape[1],
-        "PAGE": page_size, "NORM": norm is not None, "EPS": 0.0 if norm is None else norm.eps,
-        "M": tile.rows, "N": pairs, "REPEAT": tile.repeat, "num_warps": tile.warps,
+        "Q_HEADS": q_heads, "KV_HEADS": kv_heads, "HEAD_DIM": head_dim, "PAGE": page_size,
+        "NORM": norm is not None, "EPS": 0.0 if norm is None else norm.eps, "N": pairs,
+        "num_warps": tile.warps, **overlapped(qkv),
     }  # fmt: skip
+    tiled = {"ROTARY": rope.shape[1], "M": tile.rows, "REPEAT": tile.repeat, "MODE": mode}
     norms = (qkv, qkv) if norm is None else (norm.q, norm.k)
-    strides = (k_pages.stride(0), k_pages.stride(1), v_pages.stride(0), v_pages.stride(1))
-    meta = (batch.positions, batch.row_seq, batch.starts, batch.slots, batch.ring_rows)
+    pages = (
+        k_pages, v_pages, k_pages.stride(0), k_pages.stride(1), v_pages.stride(0), v_pages.stride(1)
+    )  # fmt: skip
+    meta = (
+        batch.positions, batch.row_seq, batch.starts, batch.slots, batch.ring_rows, batch.kv_rows
+    )  # fmt: skip
     if filters is None:
         _qkv_kernel[grid](
-            qkv, qkv.stride(0), qkv, 0, qkv, qkv, qkv, qkv, 0, *norms, rope, q,
-            k_pages, v_pages, *strides, *meta, batch.kv_rows, count,
-            PARTS=((-1, 0, 0),) * 3, D=1, W=1, R=0, HEAD=0, KIND="none", GENERATE="none",
-            BIAS=False, SCALE=1.0, SILU=False, RING=1, MODE="long", **common,
+            qkv, qkv.stride(0), qkv, 0, qkv, qkv, qkv, qkv, 0, *norms, rope, q, *pages, *meta,
+            count, PARTS=((-1, 0, 0),) * 3, D=1, W=1, R=0, HEAD=0, KIND="none", GENERATE="none",
+            BIAS=False, SCALE=1.0, SILU=False, RING=1, **tiled, **common,
         )  # fmt: skip
         return q
     assert ring is not None
     assert parts is not None
     z = z if z is None or z.stride(1) == 1 else z.contiguous()
-    mode = triton_conv.step_mode(filters, batch)
-    _qkv_kernel[grid](
+    arguments = (
         qkv, qkv.stride(0), qkv if z is None else z, 0 if z is None else z.stride(0),
         qkv if filters.up is None else filters.up, filters.static,
         filters.static if filters.bias is None else filters.bias,
-        ring, triton_conv.ring_row_stride(ring), *norms, rope, q,
-        k_pages, v_pages, *strides, *meta, batch.kv_rows, count,
-        PARTS=parts, D=filters.channels, W=filters.width, R=filters.rank,
-        HEAD=filters.head_size, KIND=filters.kind,
-        GENERATE=_generate_mode(filters, parts, pairs, head_dim, rope.shape[1], tile.generate),
-        BIAS=filters.bias is not None, SCALE=filters.scale, SILU=filters.activation == "silu",
-        RING=batch.ring_len, MODE=mode, **common,
+        ring, triton_conv.ring_row_stride(ring), *norms, rope, q, *pages, *meta, count,
     )  # fmt: skip
+    shapes = {
+        "PARTS": parts, "D": filters.channels, "W": filters.width, "HEAD": filters.head_size,
+        "KIND": filters.kind, "BIAS": filters.bias is not None, "SCALE": filters.scale,
+        "SILU": filters.activation == "silu", "RING": batch.ring_len,
+        "GENERATE": _generate_mode(filters, parts, pairs, head_dim, rope.shape[1], tile.generate),
+        **common,
+    }  # fmt: skip
+    if runs:
+        rows = tile.rows * tile.channels // 256
+        grid = (heads, triton.cdiv(count, rows * (256 // pairs)))
+        qkv_runs_kernel[grid](*arguments, J=rows, **shapes)
+    else:
+        _qkv_kernel[grid](*arguments, R=filters.rank, **tiled, **shapes)
     if mode == "long":
         triton_conv.store_ring(qkv, filters, ring, batch)
     return q

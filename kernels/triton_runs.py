@@ -25,6 +25,7 @@ from .triton_filters import (
     padded_rank,
     swap_columns,
 )
+from .triton_launch import start_next, wait_previous
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -61,7 +62,9 @@ def runs_kernel(
     RING: tl.constexpr,
     J: tl.constexpr,
     N: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    start_next(PDL)
     G: tl.constexpr = 256 // N
     TILE: tl.constexpr = 16 if KIND == "lowrank" else G
     first_column, start, size, base, z_start = locate_block(tl.program_id(0), SEGMENTS, N)
@@ -81,6 +84,7 @@ def runs_kernel(
         D, W, R, KIND, GENERATE, BIAS, TILE, N,
     )  # fmt: skip
     ups, taps, shift = weights
+    wait_previous(PDL)
     meta = (positions, row_seq, starts, slots, ring_rows)
     first_row = tl.program_id(1) * (G * J)
     group = tl.arange(0, G)

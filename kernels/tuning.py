@@ -49,8 +49,13 @@ def pair_tile(rows: int, filters: ConvFilter) -> ConvTile:
     return ConvTile(4, 128, 4) if rows <= 512 else ConvTile(8, 128, 4)
 
 
-def qkv_tile(rows: int, filters: ConvFilter | None) -> ConvTile:
-    """The tile of `Ops.qkv_rope_write`; `channels` counts pairs, of half a head at most."""
+def qkv_tile(rows: int, filters: ConvFilter | None, runs: bool) -> ConvTile:
+    """The tile of `Ops.qkv_rope_write`; `channels` counts pairs, of half a head at most.
+
+    `runs`: some runs are long, and heads have the shape that "runs" takes.
+    """
+    if runs and rows > 512 and filters is not None and filters.kind != "lowrank":
+        return ConvTile(16, 64, 1, "runs")
     if filters is None:
         return ConvTile(8, 64, 4) if rows <= 512 else ConvTile(16, 64, 4)
     if filters.kind != "lowrank":
@@ -76,9 +81,8 @@ SHORT_RUN = 8
 
 def split_tile(heads: int, max_len: int) -> SplitTile:
     """`heads` = sequences x kv heads; `max_len` bounds the contexts."""
-    keys = 64
-    splits = max(1, min(528 // heads, -(-max_len // keys), 32))
-    return SplitTile(keys, splits, 4, 3)
+    splits = max(1, min(528 // heads, -(-max_len // 64), 32))
+    return SplitTile(64, splits, 8 if splits > 1 else 4, 2)
 
 
 @dataclass(frozen=True)
@@ -91,14 +95,63 @@ class ChunkTile:
     stages: int
 
 
-def chunk_tile(element_size: int) -> ChunkTile:
-    """The same for every length: larger tiles measured slower."""
-    return ChunkTile(32, 32, 4, 2) if element_size > 2 else ChunkTile(64, 64, 4, 3)
+def chunk_tile(element_size: int, head_dim: int) -> ChunkTile:
+    """The same for every length: others win by 4 % here and lose as much there."""
+    if element_size > 2:
+        return ChunkTile(32, 32, 4, 2)
+    return ChunkTile(64, 64, 4, 3 if head_dim <= 128 else 2)
 
 
 @dataclass(frozen=True)
 class LinearTile:
-    """A small linear layer: most rows of x (under 16 a GEMV), outputs and depth of a tile."""
+    """A small linear layer: most rows of x (under 8 a GEMV), outputs and depth of a tile."""
+
+    rows: int
+    outputs: int
+    depth: int
+    warps: int
+    stages: int
+    """0: all weights are fetched before x is waited for."""
+    slices: int = 1
+    """Pieces of the depth that are multiplied side by side and summed at the end."""
+
+
+def linear_tile(
+    rows: int, out_features: int, in_features: int, dtype: torch.dtype
+) -> LinearTile | None:
+    """None: cuBLAS is as fast."""
+    if dtype.itemsize != 2:
+        return None
+    deep, wide = in_features > 4096, out_features >= 6000
+    # A GEMV holds its weights in registers: at most 256 a thread.
+    warps = 1 << (-(-in_features // 8192) - 1).bit_length()
+    if rows == 1:
+        return LinearTile(1, 1, 512 * warps, warps, 1) if deep else LinearTile(1, 1, 1024, 2, 1)
+    if rows == 2:
+        if deep or 8000 <= out_features < 50_000:
+            return LinearTile(2, 1, 2048, max(warps, 2), 1)
+        if out_features >= 50_000:
+            return LinearTile(2, 1, 1024, 2, 1)
+        return LinearTile(2, 2, 2048, 4, 1) if wide else LinearTile(2, 2, 1024, 2, 1)
+    if rows > 32 or (wide and deep):
+        return None
+    most = 8 if rows <= 8 else 16 if rows <= 16 else 32
+    if wide:
+        if rows <= 8 and out_features >= 50_000:
+            return LinearTile(8, 16, 512, 4, 4, 4)
+        if rows > 8 and out_features < 8000:
+            return LinearTile(most, 64, 256, 4, 3)
+        return LinearTile(most, 64, 128, 4, 4)
+    if rows > 16:
+        return LinearTile(32, 16, 512, 4, 4, 4)
+    if rows > 8:
+        return LinearTile(16, 16, 512, 8, 5, 8)
+    return LinearTile(8, 16, 512, 8, 8, 8) if deep else LinearTile(8, 16, 1024, 4, 0, 4)
+
+
+@dataclass(frozen=True)
+class ExpertTile:
+    """Products of a mixture of experts: pairs of one expert, outputs and depth of a tile."""
 
     rows: int
     outputs: int
@@ -107,18 +160,12 @@ class LinearTile:
     stages: int
 
 
-def linear_tile(
-    rows: int, out_features: int, in_features: int, dtype: torch.dtype
-) -> LinearTile | None:
-    """None: cuBLAS is as fast, as it is where few outputs are long sums."""
-    if dtype.itemsize != 2:
-        return None
-    if rows == 1:
-        wide = in_features > 4096
-        return LinearTile(1, 1, 1024, 1, 1) if wide else LinearTile(1, 1, 1024, 2, 1)
-    if rows == 2 and out_features < 50_000:
-        wide = in_features > 4096
-        return LinearTile(2, 1, 2048, 2, 1) if wide else LinearTile(2, 1, 1024, 2, 1)
-    if rows <= 32 and out_features >= 6000 and in_features <= 4096:
-        return LinearTile(16 if rows <= 16 else 32, 64, 128, 4, 4)
-    return None
+def expert_tile(element_size: int, pairs: int = 1, experts: int = 1) -> ExpertTile:
+    """`pairs` = rows x experts a row."""
+    if element_size > 2:
+        return ExpertTile(16, 32, 32, 4, 2)
+    if pairs <= 16 * experts:
+        return ExpertTile(16, 32, 256, 4, 3)
+    return (
+        ExpertTile(64, 64, 64, 4, 3) if pairs <= 128 * experts else ExpertTile(128, 128, 64, 8, 3)
+    )

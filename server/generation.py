@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, cast
 from ..engine.client import EngineDeadError
 from ..engine.messages import GenerateRequest, Logprobs, SamplingParams, TokenEvent
 from ..engine.text import OutputText, StopStrings
-from .errors import ApiError, draining, engine_dead, internal
+from .errors import ApiError, bad_request, draining, engine_dead, internal
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Sequence
@@ -44,6 +44,8 @@ class Work:
     priority: int
     cache_salt: str
     """Cached prefixes are shared only with requests of the same salt."""
+    grammar_field: str | None = None
+    """The request's field that `params.grammar` comes from."""
 
     @property
     def num_choices(self) -> int:
@@ -118,14 +120,25 @@ class Generation:
             for index in range(work.params.n)
         ]
         self._prompt_logprobs: dict[int, tuple[Logprobs | None, ...]] = {}
-        self._prefill_seconds = 0.0
         self.num_choices = work.num_choices
         self.prompt_tokens = sum(len(prompt.token_ids) for prompt in work.prompts)
         self.completion_tokens = 0
         self.cached_tokens = 0
+        self.queue_seconds: float | None = None
+        """Longest wait of a prompt to be scheduled, and, as `prefill_seconds`, for its token."""
+        self.prefill_seconds: float | None = None
         self.first_token_seconds: float | None = None
+        self._text_seconds = 0.0
+        self.trace_id: str | None = None
+        """Of the trace that its latencies are examples of."""
         self.outcome = "abort"
         """`stop` or `length` of the choice that finished last; `error`, or `abort` till then."""
+
+    @property
+    def decode_seconds(self) -> float | None:
+        """From first token to last of the choice that took longest; None before any token."""
+        started = [choice for choice in self._choices if choice.first_at]
+        return max((choice.last_at - choice.first_at for choice in started), default=None)
 
     async def deltas(self) -> AsyncGenerator[Delta, None]:
         """Yields until every choice has finished.
@@ -265,6 +278,7 @@ class Generation:
                 prompt_logprobs=self._prompt_logprobs.get(position),
             )
         delta = self._decode(choice, event)
+        self._text_seconds += time.perf_counter() - now
         delta.is_first = is_first
         if is_first:
             delta.prompt_logprobs = self._prompt_logprobs.get(position)
@@ -320,29 +334,36 @@ class Generation:
     def _failure(self, event: TokenEvent) -> ApiError:
         if event.finish_reason == "abort":
             return draining()
+        field, _, what = (event.error or "").partition(": ")
+        if field == "grammar" and self._work.grammar_field is not None:
+            return bad_request(self._work.grammar_field, what)
         _log.error("%s: the engine failed it: %s", self._work.request_id, event.error)
         return internal(self._work.request_id)
 
     def _observe_first(self, event: TokenEvent, now: float) -> None:
         if self.first_token_seconds is None:
             self.first_token_seconds = now - self._arrived
-            self._metrics.time_to_first_token.observe(self.first_token_seconds)
+            self._metrics.time_to_first_token.observe_traced(
+                self.first_token_seconds, self.trace_id
+            )
         if event.index == 0:
             self.cached_tokens += event.num_cached_tokens
             self._metrics.cached_tokens.inc(event.num_cached_tokens)
-            self._prefill_seconds = max(self._prefill_seconds, event.prefill_seconds)
+            self.queue_seconds = max(self.queue_seconds or 0.0, event.queue_seconds)
+            self.prefill_seconds = max(self.prefill_seconds or 0.0, event.prefill_seconds)
             self._metrics.queue_time.observe(event.queue_seconds)
             self._metrics.prefill_time.observe(event.prefill_seconds)
 
     def _observe_end(self) -> None:
         metrics, now = self._metrics, time.perf_counter()
+        metrics.detokenise_seconds.inc(self._text_seconds)
         for choice in self._choices:
             if not choice.finished:
                 metrics.finished["error" if self.outcome == "error" else "abort"].inc()
             elif choice.num_tokens:
                 decode = choice.last_at - choice.first_at
                 metrics.decode_time.observe(decode)
-                metrics.inference_time.observe(self._prefill_seconds + decode)
+                metrics.inference_time.observe((self.prefill_seconds or 0.0) + decode)
                 metrics.generation_tokens.observe(choice.num_tokens)
                 if choice.num_tokens > 1:
                     metrics.time_per_output_token.observe(decode / (choice.num_tokens - 1))
@@ -350,6 +371,6 @@ class Generation:
             if self.outcome != "error":
                 self.outcome = "abort"
             return
-        metrics.e2e_latency.observe(now - self._arrived)
+        metrics.e2e_latency.observe_traced(now - self._arrived, self.trace_id)
         for prompt in self._work.prompts:
             metrics.prompt_tokens.observe(len(prompt.token_ids))

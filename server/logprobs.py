@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .protocol import ChatLogprob, ChatLogprobs, CompletionLogprobs, PromptLogprob, TopLogprob
+from .objects import ChatLogprob, ChatLogprobs, CompletionLogprobs, PromptLogprob, TopLogprob
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from ..engine.messages import Logprobs
     from ..engine.text import TextTokenizer
-    from .protocol import PromptLogprobs
+    from .objects import PromptLogprobs
 
 _FLOOR = -9999.0
 """Stands for minus infinity, which JSON cannot say."""

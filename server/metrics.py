@@ -1,26 +1,42 @@
-"""Prometheus figures: what the server sees of requests, and what the engine reports of itself.
+"""Prometheus figures of what the server sees: requests, streams, the engine's steps.
 
-Knows nothing of routes or of HTTP messages. Every family has a name of ours (`convserve_`) with
-edges fine enough for steps of a millisecond, and, where vLLM publishes the same fact, an alias
-under vLLM's name with vLLM's edges, for dashboards and routers written for it. A new figure is a
-row in a table.
+Knows nothing of routes or of HTTP messages; engine_metrics.py has what the engine counts. Every
+family has a name of ours (`convserve_`) with edges fine enough for steps of a millisecond, and,
+where vLLM publishes the same fact, an alias under vLLM's name with vLLM's edges, for dashboards and
+routers written for it. A new figure is a row in a table.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
+import bisect
+import itertools
+import math
+import time
 from typing import TYPE_CHECKING, NamedTuple
 
 import prometheus_client
-from prometheus_client import CollectorRegistry, Counter, Histogram
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    GCCollector,
+    Histogram,
+    PlatformCollector,
+    ProcessCollector,
+)
+from prometheus_client.core import HistogramMetricFamily
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.registry import Collector
+from prometheus_client.samples import Exemplar
+from prometheus_client.utils import floatToGoString
+
+from .engine_metrics import EngineFigures
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from ..engine.client import EngineClient
-    from ..engine.messages import EngineInfo, EngineStats
+    from ..engine.messages import EngineStats
 
 FINISH_REASONS = ("stop", "length", "abort", "error")
 REJECTIONS = ("queue_full", "draining", "engine_dead")
@@ -45,16 +61,20 @@ _VLLM_REQUEST = (
     240.0, 480.0, 960.0, 1920.0, 7680.0,
 )
 # fmt: on
+_ROWS = (1.0, *[float(2**exponent) for exponent in range(3, 15)])
+"""1, 8, 16 .. 16384: vLLM's edges for the rows of a step."""
 _N = (1.0, 2.0, 5.0, 10.0, 20.0)
 
 
 class _HistogramRow(NamedTuple):
     name: str
-    """Without prefix; vLLM's name is the same."""
+    """Without prefix."""
     help: str
     edges: Sequence[float]
     vllm_edges: Sequence[float] | None
     """None where vLLM has no such figure."""
+    vllm_name: str = ""
+    """Where it is another."""
 
 
 _HISTOGRAMS = (
@@ -75,88 +95,56 @@ _HISTOGRAMS = (
     _HistogramRow("request_params_max_tokens", "max_tokens asked for.", _TOKENS, _TOKENS),
     _HistogramRow("request_params_n", "Choices asked for.", _N, _N),
     _HistogramRow("event_loop_lag_seconds", "Lateness of the server's timer.", _FINE, None),
+    _HistogramRow("step_duration_seconds", "Duration of an engine step.", _FINE, None),
+    _HistogramRow("step_scheduler_seconds", "Planning and committing in a step.", _FINE, None),
+    _HistogramRow("step_batch_tokens", "Rows of a step.", _ROWS, _ROWS, "iteration_tokens_total"),
 )
 
 
-class _StatRow(NamedTuple):
-    name: str
-    help: str
-    read: Callable[[EngineStats], float]
-    vllm: str | None = None
+class _Observed(Collector):
+    """One fact as our histogram and, perhaps, as vLLM's.
 
+    The library's own histograms take a lock and walk their buckets for each value, which every
+    token would pay for twice.
+    """
 
-_ENGINE_GAUGES = (
-    _StatRow(
-        "requests_running", "Sequences that run.", lambda s: s.running, "num_requests_running"
-    ),
-    _StatRow(
-        "requests_waiting", "Sequences that wait.", lambda s: s.waiting, "num_requests_waiting"
-    ),
-    _StatRow(
-        "kv_cache_usage_ratio",
-        "Share of KV pages in use, 0..1.",
-        lambda s: s.pages_used / max(s.pages_total, 1),
-        "kv_cache_usage_perc",
-    ),
-    _StatRow("kv_pages_used", "KV pages in use.", lambda s: s.pages_used),
-    _StatRow("kv_pages_kept", "Idle KV pages kept for sharing.", lambda s: s.pages_kept),
-    _StatRow(
-        "kv_pages_free",
-        "KV pages that hold nothing.",
-        lambda s: max(s.pages_total - s.pages_used - s.pages_kept, 0),
-    ),
-    _StatRow("kv_pages_total", "KV pages.", lambda s: s.pages_total),
-    _StatRow("conv_slots_used", "Conv-state slots in use.", lambda s: s.slots_used),
-    _StatRow("conv_slots_total", "Conv-state slots.", lambda s: s.slots_total),
-    _StatRow("conv_tails_stored", "Conv windows stored for sharing.", lambda s: s.tails_stored),
-    _StatRow("conv_tails_total", "Places for them.", lambda s: s.tails_total),
-    _StatRow("step_batch_tokens", "Token rows of the last step.", lambda s: s.step_tokens),
-    _StatRow("step_duration_seconds", "Duration of the last step.", lambda s: s.step_seconds),
-    _StatRow(
-        "step_scheduler_seconds",
-        "Planning and committing in the last step.",
-        lambda s: s.scheduler_seconds,
-    ),
-)
-_ENGINE_COUNTERS = (
-    _StatRow(
-        "prompt_tokens", "Prompt tokens processed.", lambda s: s.prompt_tokens, "prompt_tokens"
-    ),
-    _StatRow(
-        "generation_tokens", "Tokens generated.", lambda s: s.generation_tokens, "generation_tokens"
-    ),
-    _StatRow(
-        "prefix_cache_queries",
-        "Prompt tokens looked up in the prefix cache.",
-        lambda s: s.prefix_queries,
-        "prefix_cache_queries",
-    ),
-    _StatRow(
-        "prefix_cache_hits",
-        "Prompt tokens found in the prefix cache.",
-        lambda s: s.prefix_hits,
-        "prefix_cache_hits",
-    ),
-    _StatRow(
-        "replayed_tokens", "Tokens run again to rebuild conv windows.", lambda s: s.replayed_tokens
-    ),
-    _StatRow("conv_tails_evicted", "Stored conv windows given up.", lambda s: s.tails_evicted),
-    _StatRow("preemptions", "Sequences preempted.", lambda s: s.preemptions, "num_preemptions"),
-    _StatRow("steps", "Engine steps.", lambda s: s.steps),
-    _StatRow("step_seconds", "Time spent in steps.", lambda s: s.step_seconds_total),
-)
-
-
-class _Observed:
-    """One fact in our histogram and, perhaps, in vLLM's."""
-
-    def __init__(self, histograms: Iterable[Histogram]) -> None:
-        self._histograms = tuple(histograms)
+    def __init__(
+        self, text: str, series: Iterable[tuple[str, dict[str, str], Sequence[float]]]
+    ) -> None:
+        """`series`: name, labels and edges of each histogram."""
+        self._text = text
+        self._series = [
+            (name, labels, (*edges, math.inf), [0] * (len(edges) + 1))
+            for name, labels, edges in series
+        ]
+        self._examples: list[dict[int, Exemplar]] = [{} for _ in self._series]
+        self._sum = 0.0
 
     def observe(self, value: float, times: int = 1) -> None:
-        for histogram in self._histograms:
-            for _ in range(times):
-                histogram.observe(value)
+        self._sum += value * times
+        for _, _, edges, counts in self._series:
+            counts[bisect.bisect_left(edges, value)] += times
+
+    def observe_traced(self, value: float, trace_id: str | None) -> None:
+        """Observes; a trace makes the value its bucket's exemplar, which can be looked at."""
+        self.observe(value)
+        if trace_id is not None:
+            example = Exemplar({"trace_id": trace_id}, value, time.time())
+            for (_, _, edges, _), examples in zip(self._series, self._examples, strict=True):
+                examples[bisect.bisect_left(edges, value)] = example
+
+    def collect(self) -> Iterator[HistogramMetricFamily]:
+        for (name, labels, edges, counts), examples in zip(
+            self._series, self._examples, strict=True
+        ):
+            family = HistogramMetricFamily(name, self._text, labels=[*labels])
+            totals = zip(map(floatToGoString, edges), itertools.accumulate(counts), strict=True)
+            buckets = [
+                (edge, total, examples[place]) if place in examples else (edge, total)
+                for place, (edge, total) in enumerate(totals)
+            ]
+            family.add_metric([*labels.values()], buckets, self._sum)
+            yield family
 
 
 class _Counted:
@@ -221,6 +209,7 @@ class Metrics:
             "prompt_tokens_cached",
         )
         self.disconnects = self._counter("client_disconnects", "Clients gone before the end.")
+        self.detokenise_seconds = self._counter("detokenise_seconds", "Making text of tokens.")
         self.slow_readers = self._counter("slow_readers", "Streams dropped because nobody read.")
         self._http = Counter(
             "convserve_http_requests",
@@ -228,18 +217,55 @@ class Metrics:
             ("model_name", "route", "status"),
             registry=self.registry,
         )
+        self._http_seconds = Histogram(
+            "convserve_http_request_duration_seconds",
+            "Request read to reply sent, by route.",
+            ("model_name", "route"),
+            registry=self.registry,
+            buckets=_FINE,
+        )
         for route in routes:
+            self._http_seconds.labels(model_name, route)
             for status in (200, 400, 401, 404, 413, 429, 499, 500, 503):
                 self._http.labels(model_name, route, str(status))
-        self.registry.register(_EngineFigures(client, self._labels, self._vllm_labels, live))
+        self._step_duration = observed["step_duration_seconds"]
+        self._step_scheduler = observed["step_scheduler_seconds"]
+        self._step_rows = observed["step_batch_tokens"]
+        self._steps = client.stats.steps
+        client.watch_stats(self._on_stats)
+        self.registry.register(EngineFigures(client, self._labels, self._vllm_labels, live))
+        for collector in (ProcessCollector, PlatformCollector, GCCollector):
+            collector(registry=self.registry)
 
-    def http_reply(self, route: str, status: int) -> None:
+    def http_reply(self, route: str, status: int, seconds: float) -> None:
         """Counts one reply; `route` is a template, never a raw path."""
-        self._http.labels(self._labels["model_name"], route, str(status)).inc()
+        model = self._labels["model_name"]
+        self._http.labels(model, route, str(status)).inc()
+        self._http_seconds.labels(model, route).observe(seconds)
+
+    def _on_stats(self, stats: EngineStats) -> None:
+        """Every report passes here, so no step is missed between two scrapes."""
+        if stats.steps == self._steps:
+            return
+        self._steps = stats.steps
+        self._step_duration.observe(stats.step_seconds)
+        self._step_scheduler.observe(stats.scheduler_seconds)
+        self._step_rows.observe(stats.step_tokens)
 
     def render(self) -> bytes:
-        """The text exposition format."""
+        """Prometheus' text format."""
         return prometheus_client.generate_latest(self.registry)
+
+    def render_for(self, accept: str) -> tuple[bytes, str]:
+        """All figures, and the content type they are written in: OpenMetrics, which has exemplars,
+        for who asks for it, else Prometheus' text."""
+        # the library would turn the colon of vLLM's names into an underscore
+        if openmetrics.CONTENT_TYPE_LATEST.partition(";")[0] in accept:
+            return (
+                openmetrics.generate_latest(self.registry, escaping=openmetrics.ALLOWUTF8),
+                openmetrics.CONTENT_TYPE_LATEST,
+            )
+        return self.render(), CONTENT_TYPE_PLAIN_0_0_4
 
     def _named(self, name: str, vllm_name: str | None) -> Iterator[tuple[str, dict[str, str]]]:
         yield f"convserve_{name}", self._labels
@@ -247,17 +273,12 @@ class Metrics:
             yield f"vllm:{vllm_name}", self._vllm_labels
 
     def _histogram(self, row: _HistogramRow) -> _Observed:
-        vllm_name = None if row.vllm_edges is None else row.name
-        return _Observed(
-            Histogram(
-                name,
-                row.help,
-                labels,
-                registry=self.registry,
-                buckets=row.edges if name.startswith("convserve_") else row.vllm_edges or (),
-            ).labels(**labels)
-            for name, labels in self._named(row.name, vllm_name)
-        )
+        vllm_name = None if row.vllm_edges is None else row.vllm_name or row.name
+        edges = (row.edges, row.vllm_edges or ())
+        named = zip(self._named(row.name, vllm_name), edges, strict=False)
+        made = _Observed(row.help, [(name, labels, bounds) for (name, labels), bounds in named])
+        self.registry.register(made)
+        return made
 
     def _counter(
         self, name: str, text: str, vllm_name: str | None = None, **extra: str
@@ -270,91 +291,3 @@ class Metrics:
                 self._families[full_name] = family
             counters.append(family.labels(**labels, **extra))
         return _Counted(counters)
-
-
-class _EngineFigures(Collector):
-    """The engine's latest report, read when scraped."""
-
-    def __init__(
-        self,
-        client: EngineClient,
-        labels: dict[str, str],
-        vllm_labels: dict[str, str] | None,
-        live: Callable[[], float],
-    ) -> None:
-        self._client = client
-        self._labels = labels
-        self._vllm_labels = vllm_labels
-        self._live = live
-        self._totals = [0.0] * len(_ENGINE_COUNTERS)
-        self._last = [0.0] * len(_ENGINE_COUNTERS)
-
-    def collect(self) -> Iterator[GaugeMetricFamily | CounterMetricFamily]:
-        stats = self._client.stats
-        for row in _ENGINE_GAUGES:
-            yield from self._families(GaugeMetricFamily, row, row.read(stats))
-        for position, row in enumerate(_ENGINE_COUNTERS):
-            # a total that goes back is the engine's mistake; a counter that does kills dashboards
-            value = row.read(stats)
-            self._totals[position] += max(0.0, value - self._last[position])
-            self._last[position] = value
-            yield from self._families(CounterMetricFamily, row, self._totals[position])
-        yield _gauge("live_sequences", "Sequences in the server.", self._labels, self._live())
-        yield _gauge(
-            "engine_alive", "1 while the engine runs.", self._labels, float(self._client.is_alive)
-        )
-        yield _gauge(
-            "engine_heartbeat_age_seconds",
-            "Since the engine last said anything.",
-            self._labels,
-            self._client.heartbeat_age,
-        )
-        yield from self._facts(self._client.info)
-
-    def _families(
-        self,
-        kind: type[GaugeMetricFamily] | type[CounterMetricFamily],
-        row: _StatRow,
-        value: float,
-    ) -> Iterator[GaugeMetricFamily | CounterMetricFamily]:
-        names = [(f"convserve_{row.name}", self._labels)]
-        if row.vllm and self._vllm_labels:
-            names.append((f"vllm:{row.vllm}", self._vllm_labels))
-        for name, labels in names:
-            family = kind(name, row.help, labels=list(labels))
-            family.add_metric(list(labels.values()), value)
-            yield family
-
-    def _facts(self, info: EngineInfo) -> Iterator[GaugeMetricFamily]:
-        build = {
-            "version": importlib.metadata.version("convserve"),
-            "model_type": info.model_type,
-            "device": info.device,
-            "dtype": info.dtype,
-        }
-        yield _gauge("build_info", "What runs.", self._labels | build, 1)
-        for name, text, value in (
-            ("kv_bytes_per_token", "KV bytes of one token.", info.kv_bytes_per_token),
-            (
-                "conv_bytes_per_sequence",
-                "Conv state of one sequence.",
-                info.conv_bytes_per_sequence,
-            ),
-            ("page_pool_bytes", "Size of the page pool.", info.page_pool_bytes),
-            ("weight_bytes", "Size of the weights.", info.weight_bytes),
-        ):
-            yield _gauge(name, text, self._labels, value)
-        if self._vllm_labels:
-            labels = self._vllm_labels | {
-                "block_size": str(info.page_size),
-                "num_gpu_blocks": str(info.num_pages),
-            }
-            family = GaugeMetricFamily("vllm:cache_config_info", "The KV cache.", labels=[*labels])
-            family.add_metric([*labels.values()], 1)
-            yield family
-
-
-def _gauge(name: str, text: str, labels: dict[str, str], value: float) -> GaugeMetricFamily:
-    family = GaugeMetricFamily(f"convserve_{name}", text, labels=[*labels])
-    family.add_metric([*labels.values()], value)
-    return family

@@ -17,19 +17,25 @@ from typing import TYPE_CHECKING
 from starlette.requests import ClientDisconnect
 
 from .errors import ApiError, internal
-from .settings import MAX_HEADER_BYTES
+from .settings import MAX_HEADER_BYTES, MAX_URL_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from opentelemetry.trace import Span
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
     from .generation import Generation
     from .metrics import Metrics
+    from .tracing import RequestTraces
 
 _log = logging.getLogger("convserve.server")
 _access = logging.getLogger("convserve.access")
 _LABEL = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
+_ROUTINE = frozenset(
+    ("/health", "/ready", "/ping", "/metrics", "/load", "/stats", "/server_info", "/")
+)
+"""Routes that machines ask over and over; they are neither traced nor, unless they fail, logged."""
 _CLIENT_GONE = 499
 """nginx's status of a request that the client left."""
 
@@ -50,7 +56,10 @@ class RequestRecord:
     """On `time.perf_counter`."""
     tenant: bytes = b""
     """Digest of the API key that let the request in; empty where no key is asked for."""
+    trace_id: str | None = None
+    """Of the trace that the request is part of, if it is kept."""
     user: str | None = None
+    session: str | None = None
     status: int = 0
     client_gone: bool = False
     generation: Generation | None = None
@@ -64,9 +73,10 @@ def record_of(scope: Scope) -> RequestRecord:
 class RequestRecords:
     """Outermost: makes the record, answers what nobody caught, logs and counts."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, traces: RequestTraces | None) -> None:
         self._app = app
         self._metrics = metrics
+        self._traces = traces
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -79,6 +89,10 @@ class RequestRecords:
             started=time.perf_counter(),
         )
         scope.setdefault("state", {})["record"] = record
+        span = None
+        if self._traces is not None and scope["path"] not in _ROUTINE:
+            span = self._traces.begin(scope)
+            record.trace_id = self._traces.kept_trace_id(span)
 
         async def sending(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -90,7 +104,7 @@ class RequestRecords:
         try:
             await self._answer(record, scope, receive, sending)
         finally:
-            self._tell(record, scope)
+            self._tell(record, scope, span)
 
     async def _answer(
         self, record: RequestRecord, scope: Scope, receive: Receive, send: Send
@@ -98,6 +112,8 @@ class RequestRecords:
         try:
             if sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEADER_BYTES:
                 raise ApiError(431, f"the headers have more than {MAX_HEADER_BYTES} bytes")
+            if len(scope["raw_path"]) + len(scope["query_string"]) > MAX_URL_BYTES:
+                raise ApiError(414, f"the URL has more than {MAX_URL_BYTES} bytes")
             await self._app(scope, receive, send)
         except ClientDisconnect:
             record.client_gone = True
@@ -110,21 +126,24 @@ class RequestRecords:
                 raise
             await error.response()(scope, receive, send)
 
-    def _tell(self, record: RequestRecord, scope: Scope) -> None:
+    def _tell(self, record: RequestRecord, scope: Scope, span: Span | None) -> None:
         route = getattr(scope.get("route"), "path", "other")
         status = _CLIENT_GONE if record.client_gone else record.status
-        self._metrics.http_reply(route, status)
+        seconds = time.perf_counter() - record.started
+        self._metrics.http_reply(route, status, seconds)
         facts: dict[str, object] = {
             "id": record.request_id,
             "method": scope["method"],
             "route": route,
             "status": status,
-            "seconds": round(time.perf_counter() - record.started, 6),
+            "seconds": round(seconds, 6),
         }
         if record.label is not None:
             facts["label"] = record.label
         if record.user is not None:
             facts["user"] = record.user
+        if record.session is not None:
+            facts["session"] = record.session
         generation = record.generation
         if generation is not None:
             facts["prompt_tokens"] = generation.prompt_tokens
@@ -132,7 +151,20 @@ class RequestRecords:
             facts["finish"] = generation.outcome
             if generation.first_token_seconds is not None:
                 facts["ttft"] = round(generation.first_token_seconds, 6)
-        _access.info("request", extra={"facts": facts})
+        if record.trace_id is not None:
+            facts["trace_id"] = record.trace_id
+        if span is not None and self._traces is not None:
+            self._traces.end(
+                span,
+                request_id=record.request_id,
+                method=scope["method"],
+                route=route,
+                status=status,
+                generation=generation,
+            )
+        is_routine = route in _ROUTINE and status < 400
+        level = logging.DEBUG if is_routine else logging.INFO
+        _access.log(level, "request", extra={"facts": facts})
 
 
 class KeyCheck:

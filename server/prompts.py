@@ -6,19 +6,21 @@ Knows nothing of sampling, of the engine's work or of replies.
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from .chat import ChatError, ChatTemplate
 from .errors import ApiError, bad_request, from_value_error
 from .settings import MAX_MESSAGES, MAX_PROMPTS, MAX_TEMPLATE_KWARGS
+from .tools import as_told, told_as_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from ..engine.text import TextTokenizer
     from .protocol import ChatMessage, ChatRequest, CompletionRequest, GenerationFields
+    from .tools import ToolUse
 
 _LONG_TEXT = 4096
 """Characters beyond which tokenising leaves the event loop."""
@@ -47,6 +49,11 @@ class PromptReader:
         self._vocab_size = vocab_size
         self._max_model_len = max_model_len
 
+    @property
+    def has_chat_template(self) -> bool:
+        """Conversations can be made prompts."""
+        return self._template is not None
+
     async def completion(self, request: CompletionRequest, max_tokens: int | None) -> list[Prompt]:
         """The prompts of a completions request; raises ApiError 400."""
         given = request.prompt
@@ -71,12 +78,21 @@ class PromptReader:
             prompts.append(Prompt(token_ids, text if isinstance(text, str) else None))
         return prompts
 
-    async def chat(self, request: ChatRequest, max_tokens: int | None) -> Prompt:
+    @property
+    def tells_tools_as_text(self) -> bool:
+        """The chat template knows no tools, so they are told in a message."""
+        return self._template is not None and not self._template.knows_tools
+
+    async def chat(
+        self, request: ChatRequest, tools: ToolUse | None, max_tokens: int | None
+    ) -> Prompt:
         """The prompt of a chat request; raises ApiError 400."""
+        self._check_size("messages", request, sum(map(_num_chars, request.messages)))
         token_ids = await self.messages(
             request.messages,
             request.add_generation_prompt,
             continue_final_message=request.continue_final_message,
+            tools=tools,
             variables=request.chat_template_kwargs,
             add_special_tokens=request.add_special_tokens,
         )
@@ -96,6 +112,7 @@ class PromptReader:
         add_generation_prompt: bool | None,
         *,
         continue_final_message: bool,
+        tools: ToolUse | None = None,
         variables: dict[str, str | int | float | bool | None] | None = None,
         add_special_tokens: bool = False,
     ) -> list[int]:
@@ -113,10 +130,14 @@ class PromptReader:
         if add_generation_prompt is None:
             add_generation_prompt = not continue_final_message
         turns = [_turn(position, message) for position, message in enumerate(messages)]
+        functions = [as_told(tool) for tool in tools.tools] if tools else []
+        if self.tells_tools_as_text:
+            turns, functions = told_as_text(turns, tools), []
 
         def encode(template: ChatTemplate) -> list[int]:
             return template.encode(
                 turns,
+                tools=functions,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
                 variables=variables,
@@ -124,7 +145,7 @@ class PromptReader:
             )
 
         try:
-            if sum(len(turn["content"]) for turn in turns) <= _LONG_TEXT:
+            if not functions and sum(len(turn["content"]) for turn in turns) <= _LONG_TEXT:
                 return encode(self._template)
             return await asyncio.to_thread(encode, self._template)
         except ChatError as error:
@@ -135,14 +156,18 @@ class PromptReader:
         self._check_vocabulary("tokens", token_ids)
 
     async def _encode(self, request: CompletionRequest, text: str) -> list[int]:
+        self._check_size("prompt", request, len(text))
+        return await self.text(text, add_special_tokens=request.add_special_tokens)
+
+    def _check_size(self, field: str, request: GenerationFields, num_chars: int) -> None:
+        """Raises ApiError 400 for a text that cannot fit, before work is done on it."""
         most = self._max_model_len * self._tokenizer.max_token_bytes
-        if request.truncate_prompt_tokens is None and len(text) > most:
+        if request.truncate_prompt_tokens is None and num_chars > most:
             raise bad_request(
-                "prompt",
-                f"{len(text)} characters are more than {self._max_model_len} tokens of context "
+                field,
+                f"{num_chars} characters are more than {self._max_model_len} tokens of context "
                 "can hold",
             )
-        return await self.text(text, add_special_tokens=request.add_special_tokens)
 
     def _check_vocabulary(self, field: str, token_ids: Sequence[int]) -> None:
         for bad in (min(token_ids, default=0), max(token_ids, default=0)):
@@ -184,16 +209,50 @@ class PromptReader:
         return tuple(token_ids)
 
 
-def _turn(position: int, message: ChatMessage) -> dict[str, str]:
+def _num_chars(message: ChatMessage) -> int:
+    content = message.content or ""
+    return len(content) if isinstance(content, str) else sum(len(part.text) for part in content)
+
+
+def _turn(position: int, message: ChatMessage) -> dict[str, Any]:
+    where = f"messages[{position}]"
     content = message.content
+    if content is None:
+        if not message.tool_calls:
+            raise bad_request(f"{where}.content", "is missing")
+        content = ""
     if not isinstance(content, str):
         for index, part in enumerate(content):
             if part.type != "text":
-                raise bad_request(
-                    f"messages[{position}].content[{index}].type", "only text parts are supported"
-                )
+                raise bad_request(f"{where}.content[{index}].type", "only text parts are supported")
         content = "\n".join(part.text for part in content)
     # `developer` is OpenAI's newer name of `system`; templates know the older one
     role = "system" if message.role == "developer" else message.role
-    turn = {"role": role, "content": content}
-    return turn if message.name is None else turn | {"name": message.name}
+    turn: dict[str, Any] = {"role": role, "content": content}
+    if message.name is not None:
+        turn["name"] = message.name
+    if message.tool_call_id is not None:
+        turn["tool_call_id"] = message.tool_call_id
+    if message.tool_calls:
+        if role != "assistant":
+            raise bad_request(f"{where}.tool_calls", "only an assistant's turn can have them")
+        turn["tool_calls"] = [
+            {
+                "id": call.id,
+                "type": call.type,
+                "function": {
+                    "name": call.function.name,
+                    "arguments": _arguments(call.function.arguments),
+                },
+            }
+            for call in message.tool_calls
+        ]
+    return turn
+
+
+def _arguments(text: str) -> Any:
+    """Templates want arguments as an object, not as its text."""
+    try:
+        return msgspec.json.decode(text or "{}")
+    except (msgspec.MsgspecError, RecursionError):
+        return text

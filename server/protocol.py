@@ -1,21 +1,16 @@
-"""Bodies of requests and replies, as data, and the reading of a body into one.
+"""Bodies of requests, as data: completions, chat, tokenising.
 
-Knows nothing of the engine or of what fields do. Reading is strict about types (a string is never
-a number), drops nulls, ignores fields nobody knows and refuses by name those that OpenAI's or
-vLLM's API has and this server does not act on.
+Knows nothing of the engine, of what fields do, or of how a body is read (parsing.py).
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import msgspec
-from msgspec import UNSET, Meta, UnsetType
+from msgspec import Meta
 
-from .errors import ApiError, bad_request
-
-TokenText = str
-TopLogprobs = dict[str, float]
+JsonSchema = dict[str, Any]
 
 
 class StreamOptions(msgspec.Struct, frozen=True):
@@ -25,6 +20,34 @@ class StreamOptions(msgspec.Struct, frozen=True):
     """A last chunk with no choices and the usage of the whole request."""
     continuous_usage_stats: bool | None = None
     """Usage so far on every chunk."""
+
+
+class JsonSchemaFormat(msgspec.Struct, frozen=True, kw_only=True):
+    """A schema with a name."""
+
+    name: str = ""
+    description: str | None = None
+    schema: JsonSchema
+    strict: Annotated[
+        bool | None, Meta(description="Either value: the output always follows the schema.")
+    ] = None
+
+
+class ResponseFormat(msgspec.Struct, frozen=True, kw_only=True):
+    """What the output must be: anything, a JSON object, or what a schema says."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaFormat | None = None
+
+
+class StructuredOutputs(msgspec.Struct, frozen=True, kw_only=True):
+    """vLLM's form of the same; one of the fields."""
+
+    json: Annotated[JsonSchema | str | None, Meta(description="A JSON schema.")] = None
+    json_object: bool | None = None
+    regex: str | None = None
+    choice: Annotated[list[str] | None, Meta(description="The output is one of these.")] = None
+    grammar: Annotated[str | None, Meta(description="Lark, or EBNF with `root ::=`.")] = None
 
 
 class GenerationFields(msgspec.Struct, frozen=True, kw_only=True):
@@ -70,6 +93,14 @@ class GenerationFields(msgspec.Struct, frozen=True, kw_only=True):
     truncation_side: Annotated[
         Literal["left", "right"], Meta(description="Where tokens are cut off.")
     ] = "left"
+    response_format: Annotated[
+        ResponseFormat | None, Meta(description="What the output must be.")
+    ] = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: JsonSchema | str | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
     priority: Annotated[int, Meta(description="Lower runs sooner.")] = 0
@@ -81,6 +112,7 @@ class GenerationFields(msgspec.Struct, frozen=True, kw_only=True):
     ] = None
     user: Annotated[str | None, Meta(description="A label in the server's log.")] = None
     request_id: Annotated[str | None, Meta(description="Like the header X-Request-Id.")] = None
+    session_id: Annotated[str | None, Meta(description="A label in the server's log.")] = None
 
 
 class CompletionRequest(GenerationFields, frozen=True, kw_only=True):
@@ -99,21 +131,76 @@ class CompletionRequest(GenerationFields, frozen=True, kw_only=True):
     ] = True
 
 
-class ChatMessage(msgspec.Struct, frozen=True):
-    """One turn."""
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[
-        str | list[ContentPart], Meta(description="A text, or text parts joined by newlines.")
-    ]
-    name: str | None = None
-
-
 class ContentPart(msgspec.Struct, frozen=True):
     """A part of a message; only text is taken."""
 
     type: str
     text: str = ""
+
+
+class FunctionCall(msgspec.Struct, frozen=True):
+    """A function that the model called."""
+
+    name: str
+    arguments: Annotated[str, Meta(description="JSON.")]
+
+
+class ToolCall(msgspec.Struct, frozen=True, kw_only=True):
+    """A call that the model made."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+class ChatMessage(msgspec.Struct, frozen=True, kw_only=True):
+    """One turn."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Annotated[
+        str | list[ContentPart] | None,
+        Meta(description="A text, or text parts joined by newlines."),
+    ] = None
+    name: str | None = None
+    tool_calls: Annotated[
+        list[ToolCall] | None, Meta(description="Of an assistant's turn: what it called.")
+    ] = None
+    tool_call_id: Annotated[
+        str | None, Meta(description="Of a tool's turn: the call that it answers.")
+    ] = None
+
+
+class ToolFunction(msgspec.Struct, frozen=True, kw_only=True):
+    """A function that the model may call."""
+
+    name: Annotated[str, Meta(pattern="^[A-Za-z0-9_.-]{1,64}$")]
+    description: str | None = None
+    parameters: Annotated[
+        JsonSchema | None, Meta(description="Schema of the arguments; none: it takes none.")
+    ] = None
+    strict: Annotated[
+        bool | None, Meta(description="Arguments follow the schema also where calls are free.")
+    ] = None
+
+
+class Tool(msgspec.Struct, frozen=True, kw_only=True):
+    """Something that the model may call."""
+
+    type: Literal["function"]
+    function: ToolFunction
+
+
+class FunctionName(msgspec.Struct, frozen=True):
+    """Which function."""
+
+    name: str
+
+
+class NamedTool(msgspec.Struct, frozen=True, kw_only=True):
+    """The one tool to call."""
+
+    type: Literal["function"]
+    function: FunctionName
 
 
 class ChatRequest(GenerationFields, frozen=True, kw_only=True):
@@ -134,6 +221,12 @@ class ChatRequest(GenerationFields, frozen=True, kw_only=True):
     add_special_tokens: Annotated[
         bool, Meta(description="Add the tokenizer's own to what the template wrote.")
     ] = False
+    tools: Annotated[list[Tool], Meta(description="Functions that the model may call.")] = []
+    tool_choice: Annotated[
+        Literal["none", "auto", "required"] | NamedTool,
+        Meta(description="Whether it calls one: as it likes, at least one, or a certain one."),
+    ] = "auto"
+    parallel_tool_calls: Annotated[bool, Meta(description="More than one call may be made.")] = True
     chat_template_kwargs: Annotated[
         dict[str, str | int | float | bool | None],
         Meta(description="Variables that the model's chat template knows."),
@@ -146,6 +239,7 @@ class TokenizeRequest(msgspec.Struct, frozen=True, kw_only=True):
     model: str | None = None
     prompt: str | None = None
     messages: list[ChatMessage] | None = None
+    tools: list[Tool] = []
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False
@@ -157,272 +251,3 @@ class DetokenizeRequest(msgspec.Struct, frozen=True, kw_only=True):
 
     tokens: list[int]
     model: str | None = None
-
-
-class PromptTokensDetails(msgspec.Struct, frozen=True):
-    """Where the prompt's state came from."""
-
-    cached_tokens: int
-
-
-class Usage(msgspec.Struct, frozen=True):
-    """Tokens of a request, over all prompts and choices."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-    prompt_tokens_details: PromptTokensDetails
-
-
-class PromptLogprob(msgspec.Struct, frozen=True):
-    """One candidate at a prompt position."""
-
-    logprob: float
-    rank: int
-    decoded_token: str
-
-
-PromptLogprobs = list[dict[str, PromptLogprob] | None]
-
-
-class CompletionLogprobs(msgspec.Struct, frozen=True):
-    """Log-probabilities in the completions form: parallel lists."""
-
-    tokens: list[TokenText]
-    token_logprobs: list[float | None]
-    top_logprobs: list[TopLogprobs | None]
-    text_offset: list[int]
-
-
-class CompletionChoice(msgspec.Struct, frozen=True, kw_only=True):
-    """One continuation, or what is new of it."""
-
-    index: int
-    text: str
-    logprobs: CompletionLogprobs | None = None
-    finish_reason: str | None = None
-    stop_reason: int | str | None = None
-    token_ids: list[int] | UnsetType = UNSET
-    prompt_token_ids: list[int] | UnsetType = UNSET
-    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
-
-
-class CompletionReply(msgspec.Struct, frozen=True, kw_only=True):
-    """A completion, or one chunk of its stream."""
-
-    id: str
-    object: Literal["text_completion"] = "text_completion"
-    created: int
-    model: str
-    choices: list[CompletionChoice]
-    usage: Usage | UnsetType | None = UNSET
-
-
-class TopLogprob(msgspec.Struct, frozen=True):
-    """A rival of a chosen token."""
-
-    token: TokenText
-    logprob: float
-    bytes: list[int]
-
-
-class ChatLogprob(msgspec.Struct, frozen=True):
-    """A chosen token."""
-
-    token: TokenText
-    logprob: float
-    bytes: list[int]
-    top_logprobs: list[TopLogprob]
-
-
-class ChatLogprobs(msgspec.Struct, frozen=True):
-    """Log-probabilities in the chat form: a list of records."""
-
-    content: list[ChatLogprob]
-
-
-class AssistantMessage(msgspec.Struct, frozen=True):
-    """The answer."""
-
-    role: Literal["assistant"]
-    content: str
-
-
-class ChatChoice(msgspec.Struct, frozen=True, kw_only=True):
-    """One answer."""
-
-    index: int
-    message: AssistantMessage
-    logprobs: ChatLogprobs | None = None
-    finish_reason: str | None = None
-    stop_reason: int | str | None = None
-    token_ids: list[int] | UnsetType = UNSET
-
-
-class ChatReply(msgspec.Struct, frozen=True, kw_only=True):
-    """A chat completion."""
-
-    id: str
-    object: Literal["chat.completion"] = "chat.completion"
-    created: int
-    model: str
-    choices: list[ChatChoice]
-    usage: Usage
-    prompt_token_ids: list[int] | UnsetType = UNSET
-    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
-
-
-class ChatDelta(msgspec.Struct, frozen=True, kw_only=True):
-    """What is new of an answer."""
-
-    role: Literal["assistant"] | UnsetType = UNSET
-    content: str | UnsetType = UNSET
-
-
-class ChatChunkChoice(msgspec.Struct, frozen=True, kw_only=True):
-    """What is new of one answer."""
-
-    index: int
-    delta: ChatDelta
-    logprobs: ChatLogprobs | None = None
-    finish_reason: str | None = None
-    stop_reason: int | str | UnsetType | None = UNSET
-    token_ids: list[int] | UnsetType = UNSET
-
-
-class ChatChunk(msgspec.Struct, frozen=True, kw_only=True):
-    """One chunk of a chat stream."""
-
-    id: str
-    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
-    created: int
-    model: str
-    choices: list[ChatChunkChoice]
-    usage: Usage | UnsetType | None = UNSET
-    prompt_token_ids: list[int] | UnsetType = UNSET
-
-
-class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
-    """A served model."""
-
-    id: str
-    object: Literal["model"] = "model"
-    created: int
-    owned_by: str = "convserve"
-    root: str
-    parent: str | None = None
-    max_model_len: int
-    permission: list[dict[str, str]] = []
-
-
-class ModelList(msgspec.Struct, frozen=True, kw_only=True):
-    """All names the model is served under."""
-
-    object: Literal["list"] = "list"
-    data: list[ModelCard]
-
-
-class TokenizeReply(msgspec.Struct, frozen=True, kw_only=True):
-    """Token ids of a prompt."""
-
-    tokens: list[int]
-    count: int
-    max_model_len: int
-    token_strs: list[str] | None = None
-
-
-class DetokenizeReply(msgspec.Struct, frozen=True):
-    """The text of token ids."""
-
-    prompt: str
-
-
-_UNSUPPORTED: dict[str, tuple[object, ...]] = {
-    "audio": (),
-    "early_stopping": (False,),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "kv_transfer_params": (),
-    "length_penalty": (1.0,),
-    "logits_processors": ([],),
-    "logprob_token_ids": ([],),
-    "prompt_embeds": (),
-    "repetition_detection": (),
-    "response_format": ({"type": "text"},),
-    "stream_interval": (1,),
-    "structured_outputs": (),
-    "thinking_token_budget": (),
-    "use_beam_search": (False,),
-}
-"""Known fields that are not acted on, and the values (besides null) that ask for nothing."""
-
-_UNSUPPORTED_COMPLETION = _UNSUPPORTED | {"suffix": ("",)}
-_UNSUPPORTED_CHAT = _UNSUPPORTED | {
-    "chat_template": (),
-    "documents": ([],),
-    "echo": (False,),
-    "function_call": ("none", "auto"),
-    "functions": ([],),
-    "mm_processor_kwargs": ({},),
-    "modalities": (["text"],),
-    "prediction": (),
-    "reasoning_effort": ("none",),
-    "store": (False,),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
-    "verbosity": ("medium",),
-    "web_search_options": (),
-}
-_UNSUPPORTED_MESSAGE: dict[str, tuple[object, ...]] = {
-    "audio": (),
-    "function_call": (),
-    "tool_call_id": (),
-    "tool_calls": ([],),
-}
-
-T = TypeVar("T", bound=msgspec.Struct)
-
-
-def parse(body: bytes, kind: type[T]) -> T:
-    """Reads a JSON body as `kind`; raises ApiError 400 naming the field at fault."""
-    try:
-        fields = msgspec.json.decode(body)
-    except RecursionError:
-        raise bad_request(None, "the body is nested too deeply") from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise bad_request(None, f"the body is not valid JSON: {error}") from None
-    if not isinstance(fields, dict):
-        raise bad_request(None, "the body must be a JSON object")
-    fields = {name: value for name, value in fields.items() if value is not None}
-    if issubclass(kind, GenerationFields):
-        chat = issubclass(kind, ChatRequest)
-        _refuse(fields, _UNSUPPORTED_CHAT if chat else _UNSUPPORTED_COMPLETION, "")
-        if "best_of" in fields and fields["best_of"] != fields.get("n", 1):
-            raise bad_request("best_of", "is not supported unless equal to n")
-    messages = fields.get("messages")
-    for position, message in enumerate(messages if isinstance(messages, list) else ()):
-        if isinstance(message, dict):
-            _refuse(message, _UNSUPPORTED_MESSAGE, f"messages[{position}].")
-    try:
-        return msgspec.convert(fields, kind)
-    except RecursionError:
-        raise bad_request(None, "the body is nested too deeply") from None
-    except msgspec.ValidationError as error:
-        raise _field_error(str(error)) from None
-
-
-def _refuse(fields: dict[str, Any], table: dict[str, tuple[object, ...]], where: str) -> None:
-    for name in fields.keys() & table.keys():
-        if fields[name] is not None and fields[name] not in table[name]:
-            raise bad_request(where + name, "is not supported by this server")
-
-
-def _field_error(message: str) -> ApiError:
-    """msgspec's "what - at `$.field[...]`" as "field: what"."""
-    what, separator, path = message.rpartition(" - at `$")
-    if not separator:
-        missing = message.partition("required field `")[2].rstrip("`")
-        return bad_request(missing or None, "is missing" if missing else message)
-    return bad_request(path.rstrip("`").lstrip(".") or None, what)

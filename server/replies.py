@@ -1,4 +1,4 @@
-"""Deltas of a generation as OpenAI's objects, whole and in chunks.
+"""Deltas of a generation as OpenAI's completions, whole and in chunks; what chat has in common.
 
 Knows nothing of HTTP or of the engine. A whole reply is the merge of all deltas put through the
 same function as each chunk, so the two cannot differ.
@@ -14,20 +14,7 @@ import msgspec
 from ..engine.text import OutputText
 from .generation import Delta
 from .logprobs import LogprobWriter
-from .protocol import (
-    AssistantMessage,
-    ChatChoice,
-    ChatChunk,
-    ChatChunkChoice,
-    ChatDelta,
-    ChatReply,
-    ChatRequest,
-    CompletionChoice,
-    CompletionReply,
-    CompletionRequest,
-    PromptTokensDetails,
-    Usage,
-)
+from .objects import CompletionChoice, CompletionReply, PromptTokensDetails, Usage
 from .streaming import frame
 
 if TYPE_CHECKING:
@@ -38,8 +25,9 @@ if TYPE_CHECKING:
     from ..engine.text import TextTokenizer
     from .generation import Generation
     from .prompts import Prompt
+    from .protocol import ChatRequest, CompletionRequest
 
-_encode = msgspec.json.Encoder().encode
+encode = msgspec.json.Encoder().encode
 
 
 class ReplyHead(NamedTuple):
@@ -51,8 +39,8 @@ class ReplyHead(NamedTuple):
     model: str
 
 
-class _Replies:
-    """What both kinds of reply share."""
+class Replies:
+    """What completions and chat share."""
 
     def __init__(
         self,
@@ -72,7 +60,8 @@ class _Replies:
         self._continuous_usage = bool(options and options.continuous_usage_stats)
         self._tells_all = self._return_token_ids or self._continuous_usage
 
-    def _is_worth_telling(self, delta: Delta) -> bool:
+    def is_worth_telling(self, delta: Delta) -> bool:
+        """Whether a stream has a chunk for it."""
         return bool(
             delta.text or delta.finish_reason is not None or delta.logprobs or self._tells_all
         )
@@ -87,12 +76,13 @@ class _Replies:
             prompt_tokens_details=PromptTokensDetails(generation.cached_tokens),
         )
 
-    def _chunk_usage(self) -> Usage | UnsetType | None:
+    def chunk_usage(self) -> Usage | UnsetType | None:
+        """What a chunk says of usage: nothing, null, or the tokens so far."""
         if self._continuous_usage:
             return self.usage()
         return None if self._include_usage else msgspec.UNSET
 
-    async def _merged(self) -> list[Delta]:
+    async def merged(self) -> list[Delta]:
         """Every choice's deltas as one, by index."""
         choices: dict[int, list[Delta]] = {}
         async for delta in self._generation.deltas():
@@ -100,7 +90,7 @@ class _Replies:
         return [_merge(choices[index]) for index in sorted(choices)]
 
 
-class CompletionReplies(_Replies):
+class CompletionReplies(Replies):
     """Replies of /v1/completions."""
 
     def __init__(
@@ -121,16 +111,16 @@ class CompletionReplies(_Replies):
 
     async def whole(self) -> bytes:
         """The body of a reply in one piece."""
-        choices = [self._choice(delta) for delta in await self._merged()]
-        return _encode(self._reply(choices, self.usage()))
+        choices = [self._choice(delta) for delta in await self.merged()]
+        return encode(self._reply(choices, self.usage()))
 
     async def frames(self) -> AsyncGenerator[bytes, None]:
         """The frames of a stream, without its `[DONE]`."""
         async for delta in self._generation.deltas():
-            if self._is_worth_telling(delta) or (delta.is_first and self._echo):
-                yield frame(_encode(self._reply([self._choice(delta)], self._chunk_usage())))
+            if self.is_worth_telling(delta) or (delta.is_first and self._echo):
+                yield frame(encode(self._reply([self._choice(delta)], self.chunk_usage())))
         if self._include_usage:
-            yield frame(_encode(self._reply([], self.usage())))
+            yield frame(encode(self._reply([], self.usage())))
 
     def _reply(
         self, choices: list[CompletionChoice], usage: Usage | UnsetType | None
@@ -195,97 +185,6 @@ class CompletionReplies(_Replies):
             text += output.finish()
             self._echoes[position] = (text if prompt.text is None else prompt.text, offsets)
         return self._echoes[position]
-
-
-class ChatReplies(_Replies):
-    """Replies of /v1/chat/completions."""
-
-    def __init__(
-        self,
-        request: ChatRequest,
-        generation: Generation,
-        tokenizer: TextTokenizer,
-        head: ReplyHead,
-        prompt: Prompt,
-    ) -> None:
-        super().__init__(request, generation, tokenizer, head)
-        self._prompt = prompt
-
-    async def whole(self) -> bytes:
-        """The body of a reply in one piece."""
-        merged = await self._merged()
-        return _encode(
-            ChatReply(
-                id=self._head.reply_id,
-                created=self._head.created,
-                model=self._head.model,
-                choices=[
-                    ChatChoice(
-                        index=delta.index,
-                        message=AssistantMessage("assistant", delta.text),
-                        logprobs=self._logprobs.chat(delta.logprobs) if delta.logprobs else None,
-                        finish_reason=delta.finish_reason,
-                        stop_reason=delta.stop_reason,
-                        token_ids=delta.token_ids if self._return_token_ids else msgspec.UNSET,
-                    )
-                    for delta in merged
-                ],
-                usage=self.usage(),
-                prompt_token_ids=(
-                    list(self._prompt.token_ids) if self._return_token_ids else msgspec.UNSET
-                ),
-                prompt_logprobs=(
-                    self._logprobs.prompt(merged[0].prompt_logprobs or ())
-                    if self._wants_prompt_logprobs
-                    else msgspec.UNSET
-                ),
-            )
-        )
-
-    async def frames(self) -> AsyncGenerator[bytes, None]:
-        """The frames of a stream, without its `[DONE]`."""
-        is_first_chunk = True
-        async for delta in self._generation.deltas():
-            if delta.is_first:
-                role = ChatChunkChoice(
-                    index=delta.index, delta=ChatDelta(role="assistant", content="")
-                )
-                yield frame(_encode(self._chunk([role], self._chunk_usage(), is_first_chunk)))
-                is_first_chunk = False
-            if self._is_worth_telling(delta):
-                yield frame(_encode(self._chunk([self._choice(delta)], self._chunk_usage())))
-        if self._include_usage:
-            yield frame(_encode(self._chunk([], self.usage())))
-
-    def _choice(self, delta: Delta) -> ChatChunkChoice:
-        ends = delta.finish_reason is not None
-        return ChatChunkChoice(
-            index=delta.index,
-            delta=ChatDelta(content=delta.text),
-            logprobs=self._logprobs.chat(delta.logprobs) if delta.logprobs else None,
-            finish_reason=delta.finish_reason,
-            stop_reason=delta.stop_reason if ends else msgspec.UNSET,
-            token_ids=delta.token_ids if self._return_token_ids else msgspec.UNSET,
-        )
-
-    def _chunk(
-        self,
-        choices: list[ChatChunkChoice],
-        usage: Usage | UnsetType | None,
-        is_first: bool = False,
-    ) -> ChatChunk:
-        return ChatChunk(
-            id=self._head.reply_id,
-            created=self._head.created,
-            model=self._head.model,
-            choices=choices,
-            usage=usage,
-            prompt_token_ids=(
-                list(self._prompt.token_ids)
-                if is_first and self._return_token_ids
-                else msgspec.UNSET
-            ),
-        )
 
 
 def _merge(deltas: Iterable[Delta]) -> Delta:

@@ -10,20 +10,14 @@ from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 from fastapi import FastAPI, Request
-from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import Response
 
 from .bodies import read_body
 from .errors import ApiError, bad_request, draining, engine_dead
+from .objects import DetokenizeReply, ModelCard, ModelList, TokenizeReply
 from .openapi import described
-from .protocol import (
-    DetokenizeReply,
-    DetokenizeRequest,
-    ModelCard,
-    ModelList,
-    TokenizeReply,
-    TokenizeRequest,
-)
+from .protocol import DetokenizeRequest, TokenizeRequest
+from .tools import ToolUse, check_tools
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -75,20 +69,21 @@ def add_info_routes(app: FastAPI, service: Service) -> None:
         service.client.reset_prefix_cache()
         return Response(status_code=200)
 
-    @_get(app, "/version", None)
+    @_get(app, "/version", None, "application/json")
     async def version_() -> Response:
         """The version of this server."""
         return _json({"version": version})
 
-    @_get(app, "/load", None)
+    @_get(app, "/load", None, "application/json")
     async def load() -> Response:
         """Sequences in the server."""
         return _json({"server_load": service.lifecycle.live})
 
-    @_get(app, "/metrics", None)
-    async def metrics() -> Response:
+    @_get(app, "/metrics", None, "text/plain")
+    async def metrics(request: Request) -> Response:
         """Figures for Prometheus."""
-        return Response(service.metrics.render(), headers={"Content-Type": CONTENT_TYPE_LATEST})
+        body, content_type = service.metrics.render_for(request.headers.get("accept", ""))
+        return Response(body, headers={"Content-Type": content_type})
 
 
 def add_text_routes(app: FastAPI, service: Service) -> None:
@@ -102,10 +97,13 @@ def add_text_routes(app: FastAPI, service: Service) -> None:
         if (fields.prompt is None) == (fields.messages is None):
             raise bad_request("prompt", "either prompt or messages must be given")
         if fields.messages is not None:
+            tools = check_tools(fields.tools)
+            functions = tuple(tool.function for tool in tools)
             token_ids = await service.prompts.messages(
                 fields.messages,
                 fields.add_generation_prompt,
                 continue_final_message=fields.continue_final_message,
+                tools=ToolUse(tools, False, functions, True) if tools else None,
                 add_special_tokens=bool(fields.add_special_tokens),
             )
         else:
@@ -132,12 +130,17 @@ def add_text_routes(app: FastAPI, service: Service) -> None:
 
 
 def _get(
-    app: FastAPI, path: str, reply: type[msgspec.Struct] | None
+    app: FastAPI,
+    path: str,
+    reply: type[msgspec.Struct] | None,
+    media_type: str | None = None,
 ) -> Callable[[Handler], Handler]:
     """Registers a handler for GET, and for HEAD, which some clients probe with."""
 
     def register(handler: Handler) -> Handler:
-        app.add_api_route(path, handler, methods=["GET"], **described(None, reply))
+        app.add_api_route(
+            path, handler, methods=["GET"], **described(None, reply, media_type=media_type)
+        )
         app.add_api_route(path, handler, methods=["HEAD"], include_in_schema=False)
         return handler
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ..engine.text import TextTokenizer
+    from .structured import Structure
 
 N = TypeVar("N", int, float)
 
@@ -70,6 +71,7 @@ def sampling_params(
     defaults: GenerationDefaults,
     info: EngineInfo,
     tokenizer: TextTokenizer,
+    structure: Structure | None,
 ) -> SamplingParams:
     """The engine's parameters of `request`, in range; its `max_tokens` is None where nobody said.
 
@@ -101,20 +103,26 @@ def sampling_params(
             None if request.allowed_token_ids is None else tuple(request.allowed_token_ids)
         ),
         bad_token_ids=_bad_words(request.bad_words, tokenizer),
+        grammar=None if structure is None else structure.grammar,
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
     )
     try:
         check_sampling(params, info.vocab_size, info.eos_token_ids)
     except ValueError as error:
-        raise from_value_error(_in_request_terms(error, request)) from None
+        raise from_value_error(_in_request_terms(error, request, structure)) from None
     return params
 
 
-def _in_request_terms(error: ValueError, request: CompletionRequest | ChatRequest) -> ValueError:
+def _in_request_terms(
+    error: ValueError, request: CompletionRequest | ChatRequest, structure: Structure | None
+) -> ValueError:
     """`error` naming the field that the client wrote."""
     field, separator, what = str(error).partition(": ")
     names = {"bad_token_ids": "bad_words"}
+    if structure is not None:
+        names["grammar"] = structure.field
+        what = what.replace("a grammar", structure.field)
     if isinstance(request, ChatRequest):
         names["logprobs"] = "top_logprobs"
         if request.max_completion_tokens is not None:

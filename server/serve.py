@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib.metadata
 import logging
 import signal
 import socket
+import ssl
 import stat
 import sys
 from pathlib import Path
@@ -23,6 +23,9 @@ import uvicorn
 from ..engine.client import EngineStartError
 from ..engine.process import ProcessClient
 from .app import create_app
+from .banner import banner
+from .connections import BoundedConnection
+from .tracing import RequestTraces, TracingError, open_traces
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -64,6 +67,7 @@ def run(engine: EngineConfig, settings: ServerSettings, listen: ListenOptions) -
 
         factory = uvloop.new_event_loop
     try:
+        _check_tls(listen)
         with _listening(listen) as sock, asyncio.Runner(loop_factory=factory) as runner:
             return runner.run(_Process(engine, settings, listen, sock).live())
     except (StartError, EngineStartError) as error:
@@ -129,8 +133,9 @@ class _Process:
         self._stop.set()
 
     async def _serve(self, client: ProcessClient, stop: asyncio.Task[bool]) -> int:
+        traces = self._traces()
         try:
-            app = create_app(client, Path(client.info.model), self._settings)
+            app = create_app(client, Path(client.info.model), self._settings, traces)
         except ValueError as error:
             raise StartError(str(error)) from None
         lifecycle: Lifecycle = app.state.service.lifecycle
@@ -151,6 +156,17 @@ class _Process:
             server.should_exit = True
             await asyncio.wait({serving})
             dead.cancel()
+            if traces is not None:
+                await asyncio.to_thread(traces.close)
+
+    def _traces(self) -> RequestTraces | None:
+        endpoint = self._settings.otlp_traces_endpoint
+        if endpoint is None:
+            return None
+        try:
+            return open_traces(endpoint, self._settings.model_names[0])
+        except TracingError as error:
+            raise StartError(str(error)) from None
 
     async def _drain(
         self,
@@ -181,7 +197,7 @@ class _Process:
         return uvicorn.Config(
             app,
             uds=None if listen.uds is None else str(listen.uds),
-            http="httptools",
+            http=BoundedConnection,
             ws="none",
             lifespan="on",
             log_config=None,
@@ -194,25 +210,18 @@ class _Process:
             ssl_keyfile=listen.ssl_keyfile,
         )
 
+    def _url(self) -> str:
+        """Where clients find the server."""
+        if self._sock is None:
+            return f"unix:{self._listen.uds}"
+        scheme = "http" if self._listen.ssl_certfile is None else "https"
+        host, port = self._sock.getsockname()[:2]
+        return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
+
     def _greet(self, info: EngineInfo) -> None:
-        listen, settings = self._listen, self._settings
-        scheme = "http" if listen.ssl_certfile is None else "https"
-        host, port = ("", 0) if self._sock is None else self._sock.getsockname()[:2]
-        host = f"[{host}]" if ":" in host else host
-        url = f"unix:{listen.uds}" if self._sock is None else f"{scheme}://{host}:{port}"
-        whole = min(info.num_pages * info.page_size // info.max_model_len, info.max_num_seqs)
-        lines = [
-            f"convserve {importlib.metadata.version('convserve')} serves "
-            f"{', '.join(settings.model_names)} at {url}",
-            f"  model   {info.model_type}, conv {info.conv}, {_size(info.weight_bytes)} of weights",
-            f"  device  {info.device}, {info.dtype}",
-            f"  cache   {info.num_pages} pages of {info.page_size} tokens "
-            f"({_size(info.page_pool_bytes)}, {_size(info.kv_bytes_per_token)} a token), "
-            f"conv state {_size(info.conv_bytes_per_sequence)} a sequence",
-            f"  fits    {info.max_num_seqs} sequences at once, {whole} of them at the full "
-            f"{info.max_model_len} tokens",
-        ]
-        if not settings.api_keys and listen.uds is None and not _is_loopback(listen.host):
+        lines = banner(info, self._engine, self._settings, self._url())
+        listen = self._listen
+        if not self._settings.api_keys and listen.uds is None and not _is_loopback(listen.host):
             lines.append("  note    no --api-key: whoever reaches this address may use it")
         sys.stderr.write("\n".join(lines) + "\n")
 
@@ -243,6 +252,24 @@ def _listening(listen: ListenOptions) -> Iterator[socket.socket | None]:
         yield sock
 
 
+def _check_tls(listen: ListenOptions) -> None:
+    """Reads certificate and key, so that a wrong one is told before the model is loaded."""
+    if listen.ssl_certfile is None or listen.ssl_keyfile is None:
+        return
+    for path in (listen.ssl_certfile, listen.ssl_keyfile):
+        if not path.is_file():
+            raise StartError(f"{path}: no such file")
+    pair = f"{listen.ssl_certfile} and {listen.ssl_keyfile}"
+    try:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(listen.ssl_certfile, listen.ssl_keyfile, password=lambda: "")
+    except (OSError, ValueError) as error:  # an SSLError is an OSError
+        reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
+        raise StartError(
+            f"{pair}: not a certificate and its key without a password, in PEM ({reason})"
+        ) from None
+
+
 def _check_unix_path(path: Path) -> None:
     try:
         mode = path.stat().st_mode
@@ -261,13 +288,3 @@ def _check_unix_path(path: Path) -> None:
 
 def _is_loopback(host: str) -> bool:
     return host == "localhost" or host == "::1" or host.startswith("127.")
-
-
-def _size(number: int) -> str:
-    """Bytes for a person."""
-    value, unit = float(number), "B"
-    for larger in ("KiB", "MiB", "GiB", "TiB"):
-        if value < 1024:
-            break
-        value, unit = value / 1024, larger
-    return f"{value:.0f} {unit}" if unit == "B" or value >= 100 else f"{value:.1f} {unit}"

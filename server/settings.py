@@ -16,7 +16,15 @@ MAX_BAD_WORD_CHARS = 256
 MAX_CACHE_SALT_CHARS = 128
 MAX_MESSAGES = 4096
 MAX_HEADER_BYTES = 32 * 1024
+MAX_URL_BYTES = 8 * 1024
 MAX_TEMPLATE_KWARGS = 16
+MAX_METADATA = 16
+MAX_TOOLS = 128
+MAX_OUTPUT_CHOICES = 1024
+MAX_GRAMMAR_CHECKS = 64
+"""Requests that may wait for their grammar to be checked; more get 429."""
+GRAMMAR_SECONDS = 5.0
+"""Time for what a client wants its output to be (a schema, an expression) to compile."""
 
 
 class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -44,5 +52,9 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Silence of the engine after which /health fails."""
     vllm_metrics: bool = True
     """Whether /metrics repeats its figures under vLLM's names."""
+    page: bool = True
+    """Whether `/` serves the page; it wants no key, what it then asks for does."""
+    otlp_traces_endpoint: str | None = None
+    """Where OpenTelemetry traces go; none are made without it."""
     cors_origins: tuple[str, ...] = ()
     """Origins whose pages may call this server; none by default."""

@@ -3,7 +3,7 @@
 Knows nothing of what is generated. Both kinds watch the connection while they work and stop the
 work when the client is gone. A stream's headers wait for its first frame (or, if that takes long,
 for the first keep-alive comment), so an early failure still has its own status; after them, the
-stream ends in exactly one `[DONE]`, with an error event before it if the work failed.
+stream ends once: in what says that all was told, or that the work failed.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from starlette.responses import Response
 
@@ -20,7 +20,7 @@ from .errors import ApiError, internal
 from .middleware import record_of
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+    from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator
 
     from starlette.types import Receive, Scope, Send
 
@@ -28,13 +28,21 @@ if TYPE_CHECKING:
     from .settings import ServerSettings
 
 _log = logging.getLogger("convserve.server")
-_DONE = b"data: [DONE]\n\n"
 _COMMENT = b": keep-alive\n\n"
 _HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),
 ]
+
+
+class Ending(NamedTuple):
+    """The last bytes of a stream."""
+
+    done: bytes
+    """After all that was to be told."""
+    failed: Callable[[ApiError], bytes]
+    """After a failure."""
 
 
 class ClientGone(Exception):  # noqa: N818 - an event, not an error
@@ -44,6 +52,11 @@ class ClientGone(Exception):  # noqa: N818 - an event, not an error
 def frame(data: bytes) -> bytes:
     """One event; `data` is JSON on one line."""
     return b"data: " + data + b"\n\n"
+
+
+_DONE = frame(b"[DONE]")
+CHUNKS_END = Ending(_DONE, lambda error: frame(error.body()) + _DONE)
+"""The end of a stream of completion chunks."""
 
 
 class _WatchedReply(Response):
@@ -115,25 +128,29 @@ class EventStream(_WatchedReply):
         settings: ServerSettings,
         metrics: Metrics,
         request_id: str,
+        ending: Ending = CHUNKS_END,
     ) -> None:
         """`frames` yields whole frames, or raises ApiError; it is closed in any case."""
         super().__init__(settings, metrics, request_id)
         self._frames = frames
+        self._ending = ending
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        writer = _Writer(send, self._settings.send_seconds)
+        writer = _Writer(send, self._settings.send_seconds, self._ending)
         comments = asyncio.create_task(writer.keep_alive(self._settings.keep_alive_seconds))
         try:
-            async with contextlib.aclosing(self._frames), self._deadline():
-                async for data in self._frames:
-                    await writer.write(data)
-            await writer.end(_DONE)
+            with writer.watched():
+                async with contextlib.aclosing(self._frames), self._deadline():
+                    async for data in self._frames:
+                        await writer.write(data)
+                await writer.end(self._ending.done)
         except ClientGone:
             if writer.is_stuck:
                 self._metrics.slow_readers.inc()
             raise
         except Exception as error:  # every failure becomes an end of the stream
-            await writer.fail(self._as_api_error(error), scope, receive)
+            with writer.watched():
+                await writer.fail(self._as_api_error(error), scope, receive)
         finally:
             comments.cancel()
 
@@ -141,18 +158,53 @@ class EventStream(_WatchedReply):
 class _Writer:
     """Sends one stream's bytes: headers before the first, nothing after the last."""
 
-    def __init__(self, send: Send, send_seconds: float) -> None:
+    def __init__(self, send: Send, send_seconds: float, ending: Ending) -> None:
         self._send = send
+        self._ending = ending
         self._send_seconds = send_seconds
         self._lock = asyncio.Lock()
         self._last_sent = time.monotonic()
+        self._sending_since: float | None = None
         self._has_started = False
         self._has_ended = False
         self.is_stuck = False
         """The client stopped reading."""
 
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """Stops the task inside, as ClientGone, once the client has not read for too long.
+
+        One timer a stream: a time limit around each chunk costs a tenth of sending it.
+        """
+        task, loop = asyncio.current_task(), asyncio.get_running_loop()
+        assert task is not None
+        timer: asyncio.TimerHandle | None = None
+
+        def look() -> None:
+            nonlocal timer
+            since = self._sending_since
+            waited = 0.0 if since is None else time.monotonic() - since
+            if waited < self._send_seconds:
+                timer = loop.call_later(self._send_seconds - waited, look)
+                return
+            self.is_stuck = True
+            task.cancel()
+
+        if self._send_seconds:
+            timer = loop.call_later(self._send_seconds, look)
+        try:
+            yield
+        except asyncio.CancelledError:
+            if not self.is_stuck:
+                raise
+            task.uncancel()
+            raise ClientGone from None
+        finally:
+            if timer is not None:
+                timer.cancel()
+
     async def write(self, data: bytes) -> None:
-        """Sends `data`; raises ClientGone if the client does not take it in time."""
+        """Sends `data`; raises ClientGone if the client is not there to take it."""
         async with self._lock:
             await self._deliver(data, more=True)
 
@@ -167,7 +219,7 @@ class _Writer:
         async with self._lock:
             self._has_ended = True
             if self._has_started:
-                await self._deliver(frame(error.body()) + _DONE, more=False)
+                await self._deliver(self._ending.failed(error), more=False)
             else:
                 await error.response()(scope, receive, self._send)
 
@@ -187,21 +239,17 @@ class _Writer:
                     await self._deliver(_COMMENT, more=True)
 
     async def _deliver(self, data: bytes, *, more: bool) -> None:
-        limit = asyncio.timeout(self._send_seconds or None)
+        self._sending_since = time.monotonic()
         try:
-            async with limit:
-                if not self._has_started:
-                    self._has_started = True
-                    await self._send(
-                        {"type": "http.response.start", "status": 200, "headers": _HEADERS}
-                    )
-                await self._send({"type": "http.response.body", "body": data, "more_body": more})
-        except TimeoutError:
-            self.is_stuck = limit.expired()
-            raise ClientGone from None
+            if not self._has_started:
+                self._has_started = True
+                await self._send(
+                    {"type": "http.response.start", "status": 200, "headers": _HEADERS}
+                )
+            await self._send({"type": "http.response.body", "body": data, "more_body": more})
         except OSError:
             raise ClientGone from None
-        self._last_sent = time.monotonic()
+        self._last_sent, self._sending_since = time.monotonic(), None
 
 
 async def _while_connected(receive: Receive, work: Coroutine[None, None, None]) -> None:

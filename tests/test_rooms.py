@@ -33,6 +33,7 @@ PUBLIC_ENGINE = {
     "engine.client",
     "engine.config",
     "engine.gguf_cache",
+    "engine.grammar_checker",
     "engine.inspection",
     "engine.messages",
     "engine.process",

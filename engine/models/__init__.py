@@ -8,6 +8,7 @@ from .errors import ModelError
 from .forward_batch import PADDING, FlatBatch, ForwardBatch
 from .registry import load_model
 from .replay import replay_length
+from .state import state_spec
 
 __all__ = [
     "PADDING",
@@ -20,4 +21,5 @@ __all__ = [
     "load_model",
     "read_config",
     "replay_length",
+    "state_spec",
 ]

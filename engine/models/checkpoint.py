@@ -34,17 +34,20 @@ class CheckpointReader:
         dtype: torch.dtype,
         device: torch.device,
         on_tensor: Callable[[int], None] = lambda _: None,
+        adapter: Path | None = None,
     ) -> None:
         """Opens the folder's files.
 
         Args:
             dtype, device: what `take` returns.
             on_tensor: called with the number of elements of each tensor taken (progress).
+            adapter: a safetensors file of further tensors.
 
         Raises:
             ModelError: no weights, a shard missing or truncated, an index that is not one.
         """
         self._folder = folder
+        self._where = str(folder) if adapter is None else f"{folder} with {adapter}"
         self._dtype = dtype
         self._device = device
         self._on_tensor = on_tensor
@@ -55,6 +58,8 @@ class CheckpointReader:
         self.total_elements = 0
         try:
             self._open()
+            if adapter is not None:
+                self._add_adapter(adapter)
         except BaseException:
             self._stack.close()
             raise
@@ -73,6 +78,15 @@ class CheckpointReader:
     def __contains__(self, name: str) -> bool:
         return name in self._file_of
 
+    @property
+    def names(self) -> frozenset[str]:
+        """Every tensor's name."""
+        return frozenset(self._file_of)
+
+    def stored(self, name: str) -> Tensor:
+        """A tensor as the file has it, on the CPU, unchecked; it does not count as taken."""
+        return self._file_of[name].get_tensor(name)
+
     def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
         """Reads one tensor.
 
@@ -81,17 +95,17 @@ class CheckpointReader:
         """
         file = self._file_of.get(name)
         if file is None:
-            raise ModelError(f"{self._folder}: tensor {name} is missing")
+            raise ModelError(f"{self._where}: tensor {name} is missing")
         found = tuple(file.get_slice(name).get_shape())
         if found != shape:
             raise ModelError(
-                f"{self._folder}: tensor {name} has shape {list(found)}, expected {list(shape)}"
+                f"{self._where}: tensor {name} has shape {list(found)}, expected {list(shape)}"
             )
         tensor: Tensor = file.get_tensor(name)
         if not tensor.is_floating_point():
-            raise ModelError(f"{self._folder}: tensor {name} has dtype {tensor.dtype}")
+            raise ModelError(f"{self._where}: tensor {name} has dtype {tensor.dtype}")
         if not torch.isfinite(tensor).all():
-            raise ModelError(f"{self._folder}: tensor {name} holds values that are not finite")
+            raise ModelError(f"{self._where}: tensor {name} holds values that are not finite")
         self._taken.add(name)
         self._on_tensor(tensor.numel())
         return tensor.to(device=self._device, dtype=dtype or self._dtype, copy=True)
@@ -109,7 +123,7 @@ class CheckpointReader:
         )
         if left:
             more = f" and {len(left) - 1} more" if len(left) > 1 else ""
-            raise ModelError(f"{self._folder}: tensor {left[0]}{more} is not part of this model")
+            raise ModelError(f"{self._where}: tensor {left[0]}{more} is not part of this model")
 
     def _open(self) -> None:
         index, single = self._folder / INDEX, self._folder / SINGLE
@@ -122,6 +136,13 @@ class CheckpointReader:
         if not single.exists():
             raise ModelError(f"{self._folder}: no weights ({SINGLE} or {INDEX})")
         self._add(single)
+
+    def _add_adapter(self, path: Path) -> None:
+        base = self.names
+        self._add(path)
+        again = sorted(base.intersection(self._opened(path).keys()))
+        if again:
+            raise ModelError(f"{path}: tensor {again[0]} is part of the base already")
 
     def _read_index(self, path: Path) -> dict[str, str]:
         try:

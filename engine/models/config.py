@@ -12,12 +12,17 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from .conv_config import ConvConfig, parse_conv
 from .errors import ModelError
+from .families import FAMILIES, Family
+from .mixers import Attention, Mixer, parse_gated_delta, parse_mamba2
+from .mixers import positive as _int
 from .rope import RopeConfig, parse_rope
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-MODEL_TYPES = ("dynconv", "llama", "olmoe", "qwen3", "qwen3_moe")
+    from .names import TensorNames
+
+MODEL_TYPES = ("dynconv", "llama", "olmoe", "qwen3", "qwen3_moe", *FAMILIES)
 
 
 @dataclass(frozen=True)
@@ -29,11 +34,13 @@ class ExpertsConfig:
     width: int
     normalize: bool
     """Divide the chosen experts' probabilities by their sum."""
+    shared_width: int = 0
+    """Width of the expert that every token goes through, behind a gate; 0 for none."""
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A decoder of pre-norm attention and MLP blocks, with optional convolutions."""
+    """A decoder of pre-norm layers: a mixer (attention or a recurrence) and an MLP."""
 
     model_type: str
     vocab_size: int
@@ -52,11 +59,20 @@ class ModelConfig:
     rope: RopeConfig
     experts: ExpertsConfig | None
     conv: ConvConfig | None
-    windows: tuple[int | None, ...]
-    """Per layer, how many positions attention sees; None for all."""
+    mixers: tuple[Mixer, ...]
+    """One per layer."""
     dtype: str
     """The dtype the checkpoint says it is meant for."""
     eos_token_ids: tuple[int, ...]
+    names: TensorNames
+    has_mlp: bool
+    o_bias: bool
+    attention_gate: bool
+    """q has a gate beside each head: attention's output is multiplied by its sigmoid."""
+    norm_offset: float
+    """Added to stored RMSNorm weights."""
+    interleaved_rope: bool
+    """The checkpoint rotates neighbouring channels, not halves."""
 
     @property
     def q_width(self) -> int:
@@ -68,8 +84,18 @@ class ModelConfig:
         """Channels of the key (or value) projection."""
         return self.num_kv_heads * self.head_dim
 
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """Per layer, how many positions attention sees; None for all, or without attention."""
+        return tuple(m.window if isinstance(m, Attention) else None for m in self.mixers)
+
+    @property
+    def has_attention(self) -> bool:
+        """A layer has attention."""
+        return any(isinstance(m, Attention) for m in self.mixers)
+
     def conv_of(self, layer: int) -> ConvConfig | None:
-        """The convolutions of one layer, if it has any."""
+        """The convolutions of one layer's attention and MLP, if it has any."""
         if self.conv is None or (self.conv.layers is not None and layer not in self.conv.layers):
             return None
         return self.conv
@@ -110,6 +136,8 @@ def parse_config(raw: dict[str, Any], generation: dict[str, Any] | None = None) 
         raise ModelError(
             f"model_type {model_type!r} is not supported (supported: {', '.join(MODEL_TYPES)})"
         )
+    family = FAMILIES[model_type](raw) if model_type in FAMILIES else _llama_like(raw, model_type)
+    raw = family.raw
     _refuse_unsupported(raw)
     layers = _int(raw, "num_hidden_layers")
     hidden = _int(raw, "hidden_size")
@@ -120,9 +148,10 @@ def parse_config(raw: dict[str, Any], generation: dict[str, Any] | None = None) 
         raise ModelError(f"num_key_value_heads {kv_heads} does not divide {heads} attention heads")
     max_positions = _int(raw, "max_position_embeddings")
     experts = _experts(raw, model_type)
-    conv = parse_conv(raw["conv"], layers) if raw.get("conv") and model_type == "dynconv" else None
+    conv = family.conv
     if conv and experts and {"gate", "up", "down"} & set(conv.placement):
         raise ModelError("conv.placement: gate, up and down have no sequence inside experts")
+    attention_bias = bool(raw.get("attention_bias", False))
     return ModelConfig(
         model_type=model_type,
         vocab_size=_int(raw, "vocab_size"),
@@ -135,16 +164,30 @@ def parse_config(raw: dict[str, Any], generation: dict[str, Any] | None = None) 
         eps=float(raw.get("rms_norm_eps", 1e-6)),
         max_positions=max_positions,
         tied_embeddings=bool(raw.get("tie_word_embeddings", False)),
-        attention_bias=bool(raw.get("attention_bias", False)),
+        attention_bias=attention_bias,
         mlp_bias=bool(raw.get("mlp_bias", False)),
-        qk_norm=_qk_norm(raw, model_type),
+        qk_norm=family.qk_norm,
         rope=parse_rope(raw, head_dim, max_positions),
         experts=experts,
         conv=conv,
-        windows=_windows(raw, layers),
+        mixers=family.mixers,
         dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch."),
         eos_token_ids=_eos(raw, generation or {}),
+        names=family.names,
+        has_mlp=family.has_mlp,
+        o_bias=attention_bias if family.bias_o is None else family.bias_o,
+        attention_gate=family.attention_gate,
+        norm_offset=family.norm_offset,
+        interleaved_rope=family.interleaved_rope,
     )
+
+
+def _llama_like(raw: dict[str, Any], model_type: str) -> Family:
+    layers = _int(raw, "num_hidden_layers")
+    is_dynconv = model_type == "dynconv"
+    conv = parse_conv(raw["conv"], layers) if raw.get("conv") and is_dynconv else None
+    mixers = _mixers(raw, layers, is_dynconv)
+    return Family(raw, mixers, qk_norm=_qk_norm(raw, model_type), conv=conv)
 
 
 def _refuse_unsupported(raw: dict[str, Any]) -> None:
@@ -160,13 +203,15 @@ def _refuse_unsupported(raw: dict[str, Any]) -> None:
 
 def _experts(raw: dict[str, Any], model_type: str) -> ExpertsConfig | None:
     count = raw.get("num_experts") or raw.get("num_local_experts") or 0
-    if not count or model_type in ("llama", "qwen3"):
+    if not count or model_type not in ("dynconv", "olmoe", "qwen3_moe", "qwen3_next"):
         return None
     width = raw.get("moe_intermediate_size") or _int(raw, "intermediate_size")
     per_token = _int(raw, "num_experts_per_tok")
     if not 1 <= per_token <= count:
         raise ModelError(f"num_experts_per_tok {per_token} must be in 1..num_experts ({count})")
-    return ExpertsConfig(count, per_token, width, bool(raw.get("norm_topk_prob", False)))
+    shared = raw.get("shared_expert_intermediate_size") or 0
+    normalize = bool(raw.get("norm_topk_prob", model_type == "qwen3_next"))
+    return ExpertsConfig(count, per_token, width, normalize, shared)
 
 
 def _qk_norm(raw: dict[str, Any], model_type: str) -> Literal["none", "head", "full"]:
@@ -178,17 +223,24 @@ def _qk_norm(raw: dict[str, Any], model_type: str) -> Literal["none", "head", "f
     return value
 
 
-def _windows(raw: dict[str, Any], layers: int) -> tuple[int | None, ...]:
+def _mixers(raw: dict[str, Any], layers: int, is_dynconv: bool) -> tuple[Mixer, ...]:
     window = raw.get("sliding_window")
     types = raw.get("layer_types") or ["full_attention"] * layers
     if len(types) != layers:
         raise ModelError(f"layer_types has {len(types)} entries for {layers} layers")
-    unknown = set(types) - {"full_attention", "sliding_attention"}
+    kinds: dict[str, Mixer] = {"full_attention": Attention()}
+    if "sliding_attention" in types:
+        if not isinstance(window, int):
+            raise ModelError("layer_types has sliding_attention but sliding_window is not set")
+        kinds["sliding_attention"] = Attention(window)
+    if is_dynconv and "gated_delta_net" in types:
+        kinds["gated_delta_net"] = parse_gated_delta(raw.get("gated_delta_net"))
+    if is_dynconv and "mamba2" in types:
+        kinds["mamba2"] = parse_mamba2(raw.get("mamba2"))
+    unknown = sorted({str(t) for t in types} - kinds.keys())
     if unknown:
-        raise ModelError(f"layer_types: {sorted(unknown)} not supported")
-    if "sliding_attention" in types and not isinstance(window, int):
-        raise ModelError("layer_types has sliding_attention but sliding_window is not set")
-    return tuple(window if t == "sliding_attention" else None for t in types)
+        raise ModelError(f"layer_types: {unknown} not supported")
+    return tuple(kinds[t] for t in types)
 
 
 def _eos(raw: dict[str, Any], generation: dict[str, Any]) -> tuple[int, ...]:
@@ -196,12 +248,3 @@ def _eos(raw: dict[str, Any], generation: dict[str, Any]) -> tuple[int, ...]:
     if value is None:
         return ()
     return tuple(value) if isinstance(value, list) else (int(value),)
-
-
-def _int(raw: dict[str, Any], key: str, default: int | None = None) -> int:
-    value = raw.get(key)
-    if value is None:
-        value = default
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ModelError(f"{key} must be a positive integer, got {raw.get(key)!r}")
-    return value

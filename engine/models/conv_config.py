@@ -7,8 +7,11 @@ from typing import Any, Literal
 
 from .errors import ModelError
 
-Place = Literal["q", "k", "v", "o", "gate", "up", "down"]
+Place = Literal["q", "k", "v", "o", "gate", "up", "down", "xbc", "mixer_in", "mlp_in"]
+"""What is convolved: the output of a linear layer, or a block's normed input (`*_in`)."""
+
 PLACES: tuple[Place, ...] = ("q", "k", "v", "o", "gate", "up", "down")
+"""Those that a dynconv config may name for attention and MLP."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,8 @@ class ConvConfig:
     output_scale: float
     layers: frozenset[int] | None
     """Layers that have convolutions; None for all."""
+    stored: Literal["dynconv", "canon"] = "dynconv"
+    """Whose tensor names: the checkpoint format's, or LlamaCanon's."""
 
     @property
     def serial_per_layer(self) -> int:
@@ -37,7 +42,8 @@ class ConvConfig:
         k and v do not count: what they feed is read back from the cache. gate and up are parallel.
         """
         p = set(self.placement)
-        return sum((bool(p & {"q"}), "o" in p, bool(p & {"gate", "up"}), "down" in p))
+        singles = sum(place in p for place in ("mixer_in", "q", "o", "mlp_in", "down"))
+        return singles + bool(p & {"gate", "up"})
 
 
 _CHOICES: dict[str, tuple[Any, ...]] = {
@@ -48,7 +54,31 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
 }
 
 
-def parse_conv(raw: Any, num_layers: int) -> ConvConfig | None:
+def parse_mixer_conv(raw: Any, within: str, places: tuple[Place, ...]) -> ConvConfig | None:
+    """The `conv` object of a recurrent mixer; None if it has none.
+
+    SiLU follows every such convolution, so `activation` may be left out. The options that only
+    mean something for attention and MLP are not known here.
+
+    Raises:
+        ModelError: as `parse_conv`, naming `within`.
+    """
+    if raw is None:
+        return None
+    try:
+        if isinstance(raw, dict):
+            for key in ("generator_input", "qk_norm_order", "layers"):
+                if key in raw:
+                    raise ModelError(f"conv.{key} is not a known key")
+            if raw.get("activation", "silu") != "silu":
+                raise ModelError(f"conv.activation {raw['activation']!r} must be 'silu'")
+            raw = {**raw, "activation": "silu"}
+        return parse_conv(raw, 0, places)
+    except ModelError as error:
+        raise ModelError(f"{within}.{error}") from None
+
+
+def parse_conv(raw: Any, num_layers: int, places: tuple[Place, ...] = PLACES) -> ConvConfig | None:
     """Checks the `conv` object; None if its kind is `none`.
 
     Raises:
@@ -56,7 +86,7 @@ def parse_conv(raw: Any, num_layers: int) -> ConvConfig | None:
     """
     if not isinstance(raw, dict):
         raise ModelError(f"conv must be an object, got {raw!r}")
-    known = {f.name for f in fields(ConvConfig)}
+    known = {f.name for f in fields(ConvConfig)} - {"stored"}
     for key in raw:
         if key not in known:
             raise ModelError(f"conv.{key} is not a known key (known: {', '.join(sorted(known))})")
@@ -79,7 +109,7 @@ def parse_conv(raw: Any, num_layers: int) -> ConvConfig | None:
         width=_int(raw, "width", 2, 8),
         rank=_int(raw, "rank", 1, 1 << 16) if kind == "lowrank" else 0,
         head_size=_int(raw, "head_size", 1, 1 << 16) if kind == "headwise" else 0,
-        placement=_placement(raw.get("placement")),
+        placement=_placement(raw.get("placement"), places),
         residual=raw.get("residual", True),
         bias=raw.get("bias", True),
         activation=raw.get("activation"),
@@ -98,10 +128,10 @@ def _int(raw: dict[str, Any], key: str, low: int, high: int) -> int:
     return value
 
 
-def _placement(raw: Any) -> tuple[Place, ...]:
-    if not isinstance(raw, list) or not raw or any(p not in PLACES for p in raw):
-        raise ModelError(f"conv.placement must list some of {' '.join(PLACES)}, got {raw!r}")
-    return tuple(p for p in PLACES if p in raw)
+def _placement(raw: Any, places: tuple[Place, ...]) -> tuple[Place, ...]:
+    if not isinstance(raw, list) or not raw or any(p not in places for p in raw):
+        raise ModelError(f"conv.placement must list some of {' '.join(places)}, got {raw!r}")
+    return tuple(p for p in places if p in raw)
 
 
 def _layers(raw: Any, num_layers: int) -> frozenset[int] | None:

@@ -1,22 +1,24 @@
 """Convolution sites: the filters of one convolved tensor, loaded into the one internal form.
 
-A site is the output of one merged linear layer (q, k, v together; o; gate and up; down). This file
-alone knows how checkpoints store filters; past it, tap 0 is the current token and filters are
-[W, D] side by side (kernels/filters.py).
+A site is the output of one merged linear layer (q, k, v together; o; gate and up; down) or a
+block's input. This file alone knows how checkpoints store filters; past it, tap 0 is the current
+token and filters are [W, D] side by side (kernels/filters.py).
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from ...cache.specs import ConvSpec
 from ...kernels import ConvFilter, Stream
 from .errors import ModelError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
     from .checkpoint import CheckpointReader
@@ -43,11 +45,6 @@ class ConvSite:
     filters: ConvFilter
     generators: tuple[Tensor, ...]
     """[Z_i, D_in] rows of each stream's generator, in stream order; empty for static filters."""
-
-    @property
-    def spec(self) -> ConvSpec:
-        """What the site asks of the cache."""
-        return ConvSpec(self.filters.channels, self.filters.width)
 
 
 def load_site(
@@ -94,6 +91,38 @@ def load_site(
         activation=config.activation,
     )
     return ConvSite(filters, tuple(generators))
+
+
+def static_site(
+    weight: Tensor,
+    widths: Sequence[int],
+    *,
+    residual: bool = False,
+    bias: Tensor | None = None,
+    activation: Literal["silu"] | None = None,
+) -> ConvSite:
+    """The site of one Conv1d over streams of these widths, side by side.
+
+    Args:
+        weight: [D, 1, W] float32, oldest tap first. bias: [D] float32.
+    """
+    taps = weight[:, 0].T.flip(0).contiguous()
+    if residual:
+        taps[0] += 1
+    filters = ConvFilter(
+        "static",
+        taps.shape[0],
+        _streams(widths),
+        taps,
+        bias=bias,
+        activation=activation,
+    )
+    return ConvSite(filters, ())
+
+
+def _streams(widths: Sequence[int]) -> tuple[Stream, ...]:
+    ends = list(itertools.accumulate(widths))
+    return tuple(Stream(end - width, end, 0) for end, width in zip(ends, widths, strict=True))
 
 
 @dataclass(frozen=True)

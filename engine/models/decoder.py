@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ...cache.specs import AttentionSpec, LayerSpec, StateSpec
+from .builder import BlockBuilder, load_norm
 from .checkpoint import CheckpointReader
-from .layers import AttentionBlock, BlockBuilder, ExpertsBlock, MLPBlock, Norm
+from .layers import AttentionBlock, ExpertsBlock, MLPBlock, Norm
 from .replay import RowDropper, tokens_needed
 from .rope import rope_table
+from .state import state_spec
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from ...kernels import Ops
     from .config import ModelConfig
     from .forward_batch import ForwardBatch
+    from .mixer_layers import MixerBlock
 
 
 class Decoder:
@@ -40,18 +42,17 @@ class Decoder:
         self.device = device
         self._ops = ops
         c = config
-        table = reader.take("model.embed_tokens.weight", (c.vocab_size, c.hidden_size))
-        self._layers: list[tuple[AttentionBlock, MLPBlock | ExpertsBlock]] = []
+        names = c.names
+        table = reader.take(f"{names.embeddings}.weight", (c.vocab_size, c.hidden_size))
+        self._layers: list[tuple[AttentionBlock | MixerBlock, MLPBlock | ExpertsBlock | None]] = []
         self._norms: list[Norm] = []
-        specs: list[LayerSpec] = []
-        attention = AttentionSpec(c.num_kv_heads, c.head_dim)
         for i in range(c.num_layers):
             builder = BlockBuilder(ops, c, reader, i)
-            for name in ("input_layernorm", "post_attention_layernorm"):
-                self._norms.append(self._norm(reader, f"model.layers.{i}.{name}"))
-            self._layers.append((builder.attention(), builder.mlp()))
-            specs.append(LayerSpec(attention, builder.conv_specs))
-        self._norms.append(self._norm(reader, "model.norm"))
+            self._norms.append(self._norm(reader, f"{names.layers}.{i}.{names.mixer_norm}"))
+            if c.has_mlp:
+                self._norms.append(self._norm(reader, f"{names.layers}.{i}.{names.mlp_norm}"))
+            self._layers.append((builder.mixer(), builder.mlp() if c.has_mlp else None))
+        self._norms.append(self._norm(reader, names.norm))
         head = "lm_head.weight"
         if c.tied_embeddings:
             if head in reader:
@@ -61,13 +62,38 @@ class Decoder:
             self._table = table
             self._head = ops.pack_linear(reader.take(head, (c.vocab_size, c.hidden_size)), None)
         self._needed = tokens_needed(c)
-        self.state_spec = StateSpec(tuple(specs), dtype, self._needed[0])
-        self._rope = rope_table(c.rope, c.max_positions, device)
+        self.state_spec = state_spec(c, dtype)
+        self._rope = (
+            rope_table(c.rope, c.max_positions, device)
+            if c.has_attention
+            else torch.empty((c.max_positions, 0), device=device)
+        )
 
     @property
     def is_capturable(self) -> bool:
-        """See `engine.runner.Model`. Experts are looked up on the host."""
-        return self.config.experts is None
+        """See `engine.runner.Model`."""
+        return self._ops.is_capturable
+
+    @property
+    def vocab_size(self) -> int:
+        """Logits per row."""
+        return self.config.vocab_size
+
+    def argmax(self, logits: Tensor) -> Tensor:
+        """Greedy choices [L] int64 of logits [L, vocab]; -1 where a row is not finite."""
+        return self._ops.argmax(logits)
+
+    def sample(
+        self,
+        logits: Tensor,
+        temperature: Tensor,
+        top_k: Tensor,
+        top_p: Tensor,
+        min_p: Tensor,
+        numbers: Tensor,
+    ) -> Tensor:
+        """See `Ops.sample`."""
+        return self._ops.sample(logits, temperature, top_k, top_p, min_p, numbers)
 
     def forward(self, batch: ForwardBatch) -> Tensor:
         """Runs one step: reads and writes state, returns logits [L, vocab] of the wanted rows."""
@@ -76,17 +102,20 @@ class Decoder:
         residual = ops.embed(batch.token_ids, self._table)
         x = ops.rms_norm(residual, self._norms[0].weight, self._norms[0].eps)
         dropper = RowDropper(batch, self._needed) if batch.shared is not None else None
-        for i, (attention, mlp) in enumerate(self._layers):
+        norms = iter(self._norms[1:])
+        for i, (mixer, mlp) in enumerate(self._layers):
             if dropper is not None and (rows := dropper.before(i)) is not None:
                 x, residual, rope, flat = x[rows], residual[rows], rope[rows], dropper.flat
             state = batch.state[i]
-            x, residual = attention(x, residual, self._norms[2 * i + 1], rope, state, flat)
-            x, residual = mlp(x, residual, self._norms[2 * i + 2], state, flat)
+            x, residual = mixer(x, residual, next(norms), rope, state, flat)
+            if mlp is not None:
+                x, residual = mlp(x, residual, next(norms), state, flat)
         logit_rows = batch.logit_rows if dropper is None else dropper.logit_rows
         return ops.linear(x[logit_rows], self._head)
 
     def _norm(self, reader: CheckpointReader, name: str) -> Norm:
-        return Norm(reader.take(f"{name}.weight", (self.config.hidden_size,)), self.config.eps)
+        c = self.config
+        return Norm(load_norm(reader, name, c.hidden_size, c.norm_offset), c.eps)
 
 
 def load_decoder(
@@ -96,10 +125,12 @@ def load_decoder(
     dtype: torch.dtype,
     device: torch.device,
     on_progress: Callable[[int, int], None] = lambda _done, _total: None,
+    adapter: Path | None = None,
 ) -> Decoder:
     """Streams the weights of `folder` into a Decoder.
 
     Args:
+        adapter: a file of convolutions to read along, which `config` already counts in.
         on_progress: called with (elements read, elements in all) after each tensor.
 
     Raises:
@@ -112,7 +143,7 @@ def load_decoder(
         done += elements
         on_progress(done, reader.total_elements)
 
-    with CheckpointReader(folder, dtype, device, advance) as reader:
+    with CheckpointReader(folder, dtype, device, advance, adapter) as reader:
         model = Decoder(ops, config, reader, dtype, device)
         reader.finish()
     return model

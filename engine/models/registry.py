@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from ...kernels import select_ops
-from .config import read_config
+from .adapter import read_adapted
 from .decoder import load_decoder
 
 if TYPE_CHECKING:
@@ -21,13 +21,15 @@ def load_model(
     folder: Path,
     dtype: torch.dtype,
     device: torch.device,
-    backend: Literal["auto", "reference"] = "auto",
+    backend: Literal["auto", "reference", "deterministic"] = "auto",
     on_progress: Callable[[int, int], None] = lambda _done, _total: None,
+    conv_adapter: Path | None = None,
 ) -> Decoder:
-    """Reads config and weights of a folder.
+    """Reads config and weights of a folder, and lays the convolutions of an adapter over it.
 
     Raises:
         ModelError: one line naming what is wrong.
     """
-    config = read_config(folder)
-    return load_decoder(folder, config, select_ops(device, backend), dtype, device, on_progress)
+    config, adapter = read_adapted(folder, conv_adapter)
+    ops = select_ops(device, backend)
+    return load_decoder(folder, config, ops, dtype, device, on_progress, adapter)

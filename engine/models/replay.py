@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .mixers import GatedDelta, Mamba2, ShortConv
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -32,19 +34,23 @@ def tokens_needed(config: ModelConfig) -> tuple[int, ...]:
     Where only k and v are convolved nothing is met in series, but windows must be refilled: W - 1.
     """
     needed: list[int] = []
-    serial, any_ahead = 0, False
+    serial, widest = 0, 0
     for layer in reversed(range(config.num_layers)):
-        conv = config.conv_of(layer)
+        mixer, conv = config.mixers[layer], config.conv_of(layer)
+        if isinstance(mixer, ShortConv):
+            serial += mixer.width - 1
+            widest = max(widest, mixer.width - 1)
         if conv is not None:
-            serial += conv.serial_per_layer
-            any_ahead = True
-        width = config.conv.width if config.conv else 1
-        needed.append((width - 1) * max(serial, int(any_ahead)))
+            serial += (conv.width - 1) * conv.serial_per_layer
+            widest = max(widest, conv.width - 1)
+        needed.append(max(serial, widest))
     return tuple(reversed(needed))
 
 
-def replay_length(config: ModelConfig) -> int:
-    """N of the whole model."""
+def replay_length(config: ModelConfig) -> int | None:
+    """N of the whole model; None if it has recurrent state, which needs every token."""
+    if any(isinstance(m, (GatedDelta, Mamba2)) for m in config.mixers):
+        return None
     return tokens_needed(config)[0]
 
 

@@ -63,6 +63,14 @@ def rope_table(config: RopeConfig, length: int, device: torch.device) -> Tensor:
     return table.float().to(device)
 
 
+def half_order(heads: int, head_dim: int, rotary_dim: int) -> Tensor:
+    """Indices [heads * head_dim] that turn interleaved rotary channels into halves: of each head's
+    first `rotary_dim` channels the even ones, then the odd ones, then the rest as it is."""
+    rotary = torch.arange(rotary_dim).view(-1, 2).T.flatten()
+    head = torch.cat((rotary, torch.arange(rotary_dim, head_dim)))
+    return (torch.arange(heads)[:, None] * head_dim + head).flatten()
+
+
 def _frequencies(config: RopeConfig) -> tuple[Tensor, float]:
     """(inverse frequencies [rotary_dim / 2] float64, factor on cos and sin)."""
     steps = torch.arange(0, config.rotary_dim, 2, dtype=torch.float64) / config.rotary_dim

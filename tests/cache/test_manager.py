@@ -16,7 +16,9 @@ from convserve.cache import (
     ConvSpec,
     Copies,
     LayerSpec,
+    RecurrentSpec,
     StateSpec,
+    manager,
 )
 from convserve.cache.pools import PageId, PagePool, SequenceId, SlotId, SlotPool, TailId
 from hypothesis import settings
@@ -29,6 +31,14 @@ REPLAY = 6
 SPEC = StateSpec(
     (LayerSpec(AttentionSpec(1, 1), {"qkv": ConvSpec(1, WIDTH)}),), torch.float64, REPLAY
 )
+RECURRENT_SPEC = StateSpec(
+    (LayerSpec(AttentionSpec(1, 1), {"qkv": ConvSpec(1, WIDTH)}, RecurrentSpec(1, 1, 2)),),
+    torch.float64,
+    None,
+)
+WINDOWED_SPEC = StateSpec(
+    (LayerSpec(AttentionSpec(1, 1, window=6), {"qkv": ConvSpec(1, WIDTH)}),), torch.float64, REPLAY
+)
 CPU = torch.device("cpu")
 
 
@@ -40,14 +50,15 @@ class CacheBooks(RuleBasedStateMachine):
     that prefixes are shared all the time.
     """
 
-    replay_length: int | None = REPLAY
+    spec = SPEC
     num_tails = SIZES.num_tails
 
     def __init__(self) -> None:
         super().__init__()
         sizes = CacheSizes(12, 4, 5, 4, self.num_tails)
-        self.cache = CacheManager(sizes, replay_length=self.replay_length)
-        self.storage = CacheStorage(SPEC, sizes, CPU, poison=True)
+        self.replay_length = self.spec.replay_length
+        self.cache = CacheManager(sizes, replay_length=self.replay_length, window=self.spec.window)
+        self.storage = CacheStorage(self.spec, sizes, CPU, poison=True)
         self.tokens: dict[SequenceId, list[int]] = {}
         self.computed: dict[SequenceId, int] = {}
         self.exact_from: dict[SequenceId, int] = {}
@@ -66,6 +77,10 @@ class CacheBooks(RuleBasedStateMachine):
 
     def step(self, seq: SequenceId, stop: int) -> None:
         """Computes the sequence up to `stop`, as a forward pass and its commit would."""
+        self.forward(seq, stop)
+        self.cache.commit(seq, self.tokens[seq], stop)
+
+    def forward(self, seq: SequenceId, stop: int) -> None:
         self.storage.apply(self.cache.take_copies())
         start = self.computed[seq]
         shared, exact_from = self.cache.shared(seq), self.exact_from[seq]
@@ -80,8 +95,11 @@ class CacheBooks(RuleBasedStateMachine):
                 layer.k_pages[page, 0, p % SIZES.page_size, 0] = self.code(seq, p)
             value = self.code(seq, p) if p >= exact_from - WIDTH + 1 else math.nan
             layer.rings["qkv"][self.cache.slot(seq), p % SIZES.ring_len, 0] = value
+        if layer.recurrent is not None:
+            state = layer.recurrent[self.cache.slot(seq)]
+            assert start == 0 or state.eq(self.code(seq, start - 1)).all()
+            state.fill_(self.code(seq, stop - 1))
         self.computed[seq] = stop
-        self.cache.commit(seq, self.tokens[seq], stop)
 
     @rule(
         prompt=st.lists(st.sampled_from([0, 0, 0, 1]), min_size=1, max_size=30),
@@ -127,6 +145,23 @@ class CacheBooks(RuleBasedStateMachine):
         self.step(seq, min(len(tokens), self.computed[seq] + rows))
 
     @precondition(lambda self: any(self.computed[s] == len(t) for s, t in self.tokens.items()))
+    @rule(data=st.data(), new=st.lists(st.sampled_from([0, 1]), min_size=2, max_size=2))
+    def generate_ahead(self, data: st.DataObject, new: list[int]) -> None:
+        """Each step is launched before the token of the one before it is known."""
+        ready = [s for s, t in self.tokens.items() if self.computed[s] == len(t)]
+        seq = data.draw(st.sampled_from(sorted(ready)))
+        known = len(self.tokens[seq])
+        if not self.cache.extend(seq, known + 2):
+            return
+        self.tokens[seq] += new
+        for stop in (known + 1, known + 2):
+            self.forward(seq, stop)
+            self.cache.foresee(seq, stop)
+            if stop > known + 1:
+                self.cache.commit(seq, self.tokens[seq][: known + 1], known + 1, ahead=1)
+        self.cache.commit(seq, self.tokens[seq], known + 2)
+
+    @precondition(lambda self: any(self.computed[s] == len(t) for s, t in self.tokens.items()))
     @rule(data=st.data())
     def fork(self, data: st.DataObject) -> None:
         ready = [s for s, t in self.tokens.items() if self.computed[s] == len(t)]
@@ -134,7 +169,11 @@ class CacheBooks(RuleBasedStateMachine):
         self.ids += 1
         child = SequenceId(self.ids)
         position = len(self.tokens[parent]) - 1
-        if self.cache.fork(parent, child, position):
+        if self.replay_length is None:
+            assert not self.cache.fork(parent, child, position), "the state has moved on"
+            position = len(self.tokens[parent])
+            self.extend_by_one(parent)
+        if len(self.tokens[parent]) > position and self.cache.fork(parent, child, position):
             self.tokens[child] = list(self.tokens[parent])
             self.salts[child] = self.salts[parent]
             self.computed[child] = position
@@ -143,6 +182,10 @@ class CacheBooks(RuleBasedStateMachine):
                 self.step(child, position + 1)
             else:
                 self.release_one(child)
+
+    def extend_by_one(self, seq: SequenceId) -> None:
+        if self.cache.extend(seq, len(self.tokens[seq]) + 1):
+            self.tokens[seq].append(1)
 
     @precondition(lambda self: self.tokens)
     @rule(data=st.data())
@@ -168,8 +211,9 @@ class CacheBooks(RuleBasedStateMachine):
         k = self.storage.layers[0].k_pages
         assert k is not None
         for seq in self.tokens:
-            pages = self.cache.pages(seq)
-            for p in range(max(self.computed[seq], self.cache.shared(seq))):
+            pages, done = self.cache.pages(seq), self.computed[seq]
+            first = 0 if self.spec.window is None else max(0, done - self.spec.window + 1)
+            for p in range(first, max(done, self.cache.shared(seq))):
                 stored = float(k[pages[p // SIZES.page_size], 0, p % SIZES.page_size, 0])
                 assert stored == self.code(seq, p)
 
@@ -184,10 +228,24 @@ class CacheBooksWithoutTails(CacheBooks):
     num_tails = 0
 
 
+class CacheBooksOfWindowedModels(CacheBooks):
+    """Pages that every layer's window has passed belong to others."""
+
+    spec = WINDOWED_SPEC
+
+
 class CacheBooksOfRecurrentModels(CacheBooks):
     """No replay can rebuild the state: a prefix is usable up to a stored tail and no further."""
 
-    replay_length = None
+    spec = RECURRENT_SPEC
+
+    def __init__(self) -> None:
+        super().__init__()
+        manager.RECURRENT_STRIDE = 1
+
+    def teardown(self) -> None:
+        manager.RECURRENT_STRIDE = 4
+        super().teardown()
 
 
 SETTINGS = settings(max_examples=60, stateful_step_count=40, deadline=None)
@@ -195,6 +253,8 @@ TestCacheBooks = CacheBooks.TestCase
 TestCacheBooks.settings = SETTINGS
 TestCacheBooksWithoutTails = CacheBooksWithoutTails.TestCase
 TestCacheBooksWithoutTails.settings = SETTINGS
+TestCacheBooksOfWindowedModels = CacheBooksOfWindowedModels.TestCase
+TestCacheBooksOfWindowedModels.settings = SETTINGS
 TestCacheBooksOfRecurrentModels = CacheBooksOfRecurrentModels.TestCase
 TestCacheBooksOfRecurrentModels.settings = SETTINGS
 
@@ -349,5 +409,67 @@ def test_ring_length(width: int, taken_back: int, expected: int) -> None:
     spec = StateSpec((LayerSpec(AttentionSpec(1, 2), convs),), torch.bfloat16, 0)
     assert spec.ring_len(taken_back) == expected
     assert spec.conv_bytes_per_sequence(expected) == (6 * expected * 2 if width else 0)
-    assert spec.conv_tail_bytes == (6 * (width - 1) * 2 if width else 0)
+    assert spec.tail_bytes == (6 * (width - 1) * 2 if width else 0)
     assert spec.kv_bytes_per_token == 8
+
+
+def test_a_recurrent_prefix_is_shared_up_to_its_snapshot() -> None:
+    """Chunks end where the next prompt like this one could start, and where others branch off."""
+    cache = CacheManager(SIZES, replay_length=None)
+    seq, tokens = SequenceId(1), list(range(22))
+    assert cache.admit(seq, tokens)
+    assert cache.cut(seq) == 20
+    cache.commit(seq, tokens, 20)
+    assert cache.cut(seq) is None
+    cache.commit(seq, tokens, 22)
+    cache.release(seq)
+    assert [position for _, position, _ in cache.take_copies().saves] == [20]
+    assert run(cache, 2, [*tokens[:21], 99]) == (20, 20)
+    branch, other = SequenceId(3), [*tokens[:9], 50, 51, 52, 53, 54, 55]
+    admission = cache.admit(branch, other)
+    assert admission is not None
+    assert (admission.start, cache.cut(branch)) == (0, 8)
+    cache.commit(branch, other, 8)
+    assert cache.cut(branch) == 12
+    cache.release(branch)
+    assert run(cache, 4, [*tokens[:9], 60]) == (8, 8)
+
+
+def test_a_snapshot_taken_before_its_last_token_is_known_is_found_under_it() -> None:
+    cache = CacheManager(CacheSizes(12, 1, 5, 4, 3), replay_length=None)
+    seq, tokens = SequenceId(1), [1, 2, 3]
+    cache.admit(seq, tokens)
+    cache.commit(seq, tokens, 3)
+    cache.extend(seq, 5)
+    cache.foresee(seq, 4)
+    assert [position for _, position, _ in cache.take_copies().saves] == [4]
+    cache.commit(seq, [*tokens, 4], 4, ahead=1)
+    cache.release(seq)
+    assert run(cache, 2, [1, 2, 3, 4, 5]) == (4, 4)
+    cache.check_integrity()
+
+
+@pytest.mark.parametrize("caching", [True, False])
+def test_pages_behind_every_window_are_given_back(caching: bool) -> None:
+    """A sequence of any length holds what its window covers, and is released whole."""
+    sizes = CacheSizes(6, 4, 2, 4)
+    cache = CacheManager(sizes, window=9, prefix_caching=caching)
+    seq, tokens = SequenceId(1), list(range(100))
+    assert cache.admit(seq, tokens[:1])
+    for position in range(1, 100):
+        cache.commit(seq, tokens, position)
+        assert cache.extend(seq, position + 1)
+        assert sizes.num_pages - cache.free_pages <= 4
+        cache.check_integrity()
+    cache.release(seq)
+    assert cache.free_pages == sizes.num_pages
+
+
+def test_only_what_no_layer_sees_is_behind_the_window() -> None:
+    def window(*windows: int | None) -> int | None:
+        layers = tuple(LayerSpec(AttentionSpec(1, 2, w)) for w in windows)
+        return StateSpec((*layers, LayerSpec()), torch.float32, 0).window
+
+    assert window(4, 9) == 9
+    assert window(4, None) is None
+    assert window() is None

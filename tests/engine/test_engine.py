@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from convserve.engine.drawing import uniform
 from convserve.engine.messages import SamplingParams
-from convserve.engine.sampler import uniform
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mock_model import VOCAB, MockModel, continuation, mock_core, next_token, request
@@ -74,6 +74,7 @@ def traffic(draw: st.DrawFn) -> list[tuple[str, int, list[int], int, int, int]]:
     num_slots=st.integers(1, 6),
     budget=st.integers(1, 40),
     num_tails=st.sampled_from([0, 1, 3, 50]),
+    overlap=st.booleans(),
 )
 @settings(max_examples=200, deadline=None)
 def test_mixed_traffic_equals_a_loop_over_each_alone(
@@ -82,6 +83,7 @@ def test_mixed_traffic_equals_a_loop_over_each_alone(
     num_slots: int,
     budget: int,
     num_tails: int,
+    overlap: bool,
 ) -> None:
     """Arrivals at any time, chunks of any size, pools down to one sequence, forks and aborts."""
     core = mock_core(
@@ -90,6 +92,7 @@ def test_mixed_traffic_equals_a_loop_over_each_alone(
         max_batch_tokens=budget,
         max_model_len=44,
         num_tails=num_tails,
+        overlap=overlap,
     )
     tokens: Output = defaultdict(list)
     ended: set[tuple[str, int]] = set()

@@ -12,9 +12,11 @@ import torch
 from convserve.cache import Copies
 from convserve.cache.pools import SequenceId
 from convserve.engine.messages import SamplingParams
+from convserve.engine.output import Output
 from convserve.engine.plan import Sampled, StepPlan, Work
 from convserve.engine.sampler import Sampler
 from convserve.engine.sequence import Sequence
+from convserve.kernels.ops import Ops
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -44,7 +46,11 @@ def sequence(
 
 def sample(logits: Tensor, *seqs: Sequence) -> list[Sampled]:
     works = tuple(Work(s, len(s.tokens) - 1, 1, samples=True) for s in seqs)
-    return Sampler((EOS,)).sample(logits, StepPlan(works, Copies()))
+    output = Output(logits, Ops().argmax(logits), by_sequence=False)
+    sampler = Sampler(
+        (EOS,), slot=lambda _seq: 0, feed=lambda _slots, _tokens: None, draw=Ops().sample
+    )
+    return sampler.launch(output, StepPlan(works, Copies())).read()
 
 
 def pick(logits: list[float], params: SamplingParams, **sequence_fields: list[int]) -> int:
@@ -181,5 +187,5 @@ def test_rows_that_are_not_finite_are_broken_alone() -> None:
     logits = torch.tensor([[torch.nan, 1.0], [1.0, 2.0], [torch.inf, 0.0]])
     hot = [sequence(SamplingParams(), [1]) for _ in range(3)]
     results = sample(logits, *hot)
-    assert [r.is_broken for r in results] == [True, False, True]
+    assert [r.problem is not None for r in results] == [True, False, True]
     assert results[1].token_id is not None

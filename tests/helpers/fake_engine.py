@@ -23,7 +23,7 @@ from convserve.engine.messages import (
 from convserve.engine.streams import RequestStreams
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Sequence
+    from collections.abc import AsyncGenerator, Callable, Sequence
 
 EOS = 257
 VOCAB = 259
@@ -109,7 +109,7 @@ class FakeEngine:
         """Requests that hold something."""
         return len(self._running)
 
-    def submit(self, request: GenerateRequest) -> AsyncIterator[TokenEvent]:
+    def submit(self, request: GenerateRequest) -> AsyncGenerator[TokenEvent, None]:
         return self._streams.submit(request)
 
     def abort(self, request_id: str, index: int | None = None) -> None:
@@ -117,6 +117,9 @@ class FakeEngine:
 
     def reset_prefix_cache(self) -> None:
         self._streams.reset_prefix_cache()
+
+    def watch_stats(self, watch: Callable[[EngineStats], None]) -> None:
+        self._streams.watch_stats(watch)
 
     async def wait_dead(self) -> int | None:
         await self._dead.wait()

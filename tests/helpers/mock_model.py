@@ -15,6 +15,7 @@ from convserve.engine.core import EngineCore
 from convserve.engine.messages import EngineInfo, GenerateRequest, SamplingParams
 from convserve.engine.models import PADDING
 from convserve.engine.resolve import Limits
+from convserve.kernels.ops import Ops
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -47,6 +48,7 @@ class MockModel:
     only after 2 * (WIDTH - 1) tokens, as a real model's does."""
 
     is_capturable = False
+    vocab_size = VOCAB
     replay_length: int | None = 2 * (WIDTH - 1)
 
     def __init__(self) -> None:
@@ -56,6 +58,22 @@ class MockModel:
         self.state_spec = StateSpec((layer,), torch.float64, self.replay_length)
         self.broken_after: int | None = None
         """Prefixes of this length or more give logits that are not finite."""
+
+    def argmax(self, logits: Tensor) -> Tensor:
+        """Greedy choices."""
+        return Ops().argmax(logits)
+
+    def sample(
+        self,
+        logits: Tensor,
+        temperature: Tensor,
+        top_k: Tensor,
+        top_p: Tensor,
+        min_p: Tensor,
+        numbers: Tensor,
+    ) -> Tensor:
+        """Draws."""
+        return Ops().sample(logits, temperature, top_k, top_p, min_p, numbers)
 
     def forward(self, batch: ForwardBatch) -> Tensor:
         """Stores the step's tokens, then reads each wanted row's prefix back."""
@@ -123,6 +141,7 @@ def mock_core(
     num_tails: int = 0,
     prefix_caching: bool = True,
     eos: tuple[int, ...] = (),
+    overlap: bool = False,
 ) -> EngineCore:
     """An engine over the mock model, its cache poisoned."""
     model = model or MockModel()
@@ -131,7 +150,9 @@ def mock_core(
     length = max_model_len or sizes.capacity
     limits = Limits(sizes, length, max_batch_tokens, 0)
     device = torch.device("cpu")
-    return EngineCore(model, limits, eos, device, prefix_caching=prefix_caching, poison=True)
+    return EngineCore(
+        model, limits, eos, device, prefix_caching=prefix_caching, overlap=overlap, poison=True
+    )
 
 
 def mock_info(core: EngineCore) -> EngineInfo:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
+from tiny_mixers import BUILT_IN, DELTA, HEADWISE, LOWRANK, MAMBA2, naive_mixer, rand_mixer
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -54,6 +55,16 @@ CONV: dict[str, Any] = {
 
 ALL = ["q", "k", "v", "o", "gate", "up", "down"]
 
+
+def _layers(kind: str, sizes: dict[str, Any], conv: dict[str, Any] | None) -> dict[str, Any]:
+    """Model keys of a hybrid: the mixer, windowed attention, the mixer again."""
+    return {
+        "layer_types": [kind, "sliding_attention", kind],
+        "sliding_window": 7,
+        kind: sizes if conv is None else {**sizes, "conv": conv},
+    }
+
+
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "plain": ({}, {"kind": "none"}),
     "lowrank qkv": ({}, {}),
@@ -83,6 +94,22 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "conv first, full": ({"qk_norm": "full"}, {}),
     "biases": ({"attention_bias": True, "mlp_bias": True}, {"placement": ALL}),
     "tied": ({"tie_word_embeddings": True}, {}),
+    "delta": (_layers("gated_delta_net", DELTA, {**BUILT_IN, "placement": ["q", "k", "v"]}), {}),
+    "delta without convolutions": (_layers("gated_delta_net", DELTA, None), {"kind": "none"}),
+    "delta lowrank": (
+        _layers("gated_delta_net", DELTA, {**LOWRANK, "placement": ["q", "v"]}),
+        {"placement": ALL},
+    ),
+    "delta headwise": (
+        _layers("gated_delta_net", DELTA, {**HEADWISE, "placement": ["v"]}),
+        {"width": 2},
+    ),
+    "mamba2": (
+        _layers("mamba2", MAMBA2, {**BUILT_IN, "bias": True, "placement": ["xbc"]}),
+        {"kind": "none"},
+    ),
+    "mamba2 lowrank": (_layers("mamba2", MAMBA2, {**LOWRANK, "placement": ["xbc"]}), {}),
+    "mamba2 headwise": (_layers("mamba2", MAMBA2, {**HEADWISE, "placement": ["xbc"]}), {}),
     "experts": (
         {"num_experts": 3, "num_experts_per_tok": 2, "norm_topk_prob": True},
         {"placement": ["q", "k", "v", "o"]},
@@ -118,13 +145,18 @@ def write_model(folder: Path, config: dict[str, Any], seed: int = 0) -> dict[str
         layer = f"model.layers.{i}"
         norm(f"{layer}.input_layernorm.weight", h)
         norm(f"{layer}.post_attention_layernorm.weight", h)
-        if c["qk_norm"] != "none":
+        kind = _mixer(c, i)
+        if kind is not None:
+            rand_mixer(rand, c, kind, f"{layer}.mixer")
+        if c["qk_norm"] != "none" and kind is None:
             head = c["qk_norm"] == "head"
             for x in "qk":
                 width = c["head_dim"] if head else width_of[x]
                 norm(f"{layer}.self_attn.{x}_norm.weight", width)
         for place in ALL:
             prefix = _prefix(layer, place)
+            if kind is not None and place in ("q", "k", "v", "o"):
+                continue
             if c.get("num_experts") and place in ("gate", "up", "down"):
                 for e in range(c["num_experts"]):
                     name = f"{prefix}.experts.{e}.{place}_proj.weight"
@@ -177,8 +209,12 @@ def naive_logits(config: dict[str, Any], stored: dict[str, Tensor], tokens: list
     for i in range(c["num_hidden_layers"]):
         layer = f"model.layers.{i}"
         g = _norm(x, w[f"{layer}.input_layernorm.weight"], eps)
-        a = _attention(c, w, layer, i, g)
-        x = x + _project(c, w, layer, i, "o", a, g)
+        kind = _mixer(c, i)
+        if kind is not None:
+            x = x + naive_mixer(c, w, kind, f"{layer}.mixer", g)
+        else:
+            a = _attention(c, w, layer, i, g)
+            x = x + _project(c, w, layer, i, "o", a, g)
         g = _norm(x, w[f"{layer}.post_attention_layernorm.weight"], eps)
         if c.get("num_experts"):
             x = x + _experts(c, w, layer, g)
@@ -215,7 +251,15 @@ def _attention(c: dict[str, Any], w: dict[str, Tensor], layer: str, i: int, g: T
     k, v = (heads[p].repeat_interleave(group, 0) for p in "kv")
     scores = heads["q"] @ k.transpose(1, 2) * d**-0.5
     future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+    if c.get("layer_types"):
+        future |= torch.ones_like(future).tril(-c["sliding_window"])
     return (scores.masked_fill(future, -torch.inf).softmax(-1) @ v).transpose(0, 1).flatten(1)
+
+
+def _mixer(c: dict[str, Any], i: int) -> str | None:
+    """The kind of a layer's mixer; None for attention."""
+    kind = c["layer_types"][i] if "layer_types" in c else "full_attention"
+    return None if kind.endswith("attention") else kind
 
 
 def _rope(x: Tensor, theta: float) -> Tensor:

@@ -8,21 +8,17 @@ import itertools
 import pytest
 import torch
 from convserve.kernels import Ops, tuning
-from convserve.kernels.triton_conv import conv
 from convserve.kernels.triton_ops import TritonOps
 from torch import Tensor
 from triton_cases import (
     DEVICE,
-    assert_close,
-    live_only,
-    live_rows,
     make_filter,
     make_layout,
     make_ring,
     nan_bits,
     normal,
-    wide,
 )
+from triton_checks import check_conv
 
 REFERENCE, TRITON = Ops(), TritonOps()
 ON_GPU = DEVICE.type == "cuda"
@@ -149,31 +145,6 @@ def test_padding_changes_nothing(seqs: int, padded: int) -> None:
     got = TRITON.conv(x, z, filters, other_ring, padded_batch)
     torch.testing.assert_close(got[:seqs], truth, rtol=1e-6, atol=1e-6)
     assert torch.equal(nan_bits(ring), nan_bits(other_ring))
-
-
-def check_conv(
-    layout,
-    filters,
-    z_width: int,
-    dtype: torch.dtype,
-    columns: int,
-    tile: tuning.ConvTile | None = None,
-) -> None:
-    """The op on column slices of one wide tensor, against the reference in float64."""
-    rows = len(layout.batch.positions)
-    live = live_rows(layout)
-    wide_rows = normal(rows, columns + z_width + 8, dtype=dtype)
-    x, z = wide_rows[:, :columns], wide_rows[:, columns : columns + z_width]
-    code = z if z_width else None
-    ring = make_ring(layout, filters.width, filters.channels, dtype)
-    truth_ring = ring.clone().double()
-    truth = REFERENCE.conv(
-        x[:live].double(), None if code is None else code[:live].double(), wide(filters),
-        truth_ring, live_only(layout.batch),
-    )  # fmt: skip
-    got = conv(x, code, filters, ring, layout.batch, tile=tile)
-    assert_close(got[:live], truth)
-    assert torch.equal(nan_bits(ring), nan_bits(truth_ring.to(dtype)))
 
 
 def pad(batch, count: int):

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from convserve.kernels import triton_launch
 from convserve.kernels.triton_ops import TritonOps
 from triton_cases import (
     DEVICE,
@@ -68,3 +69,39 @@ def test_a_captured_step_repeats_the_eager_one(kind: str, rows: int) -> None:
         graph.replay()
         for got, truth in zip((*captured, *state), (*eager, *eager_state), strict=True):
             assert torch.equal(nan_bits(got), nan_bits(truth))
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="overlaps kernels on a GPU")
+@pytest.mark.parametrize("rows", [1, 7, 40])
+def test_kernels_that_start_early_read_nothing_early(
+    rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A read before the kernel before has written would be a wrong token once in a while."""
+    torch.manual_seed(2)
+    hidden, inner, dtype = 2048, 4096, torch.bfloat16
+    shapes = ((2 * inner, hidden), (hidden, inner), (hidden, hidden))
+    gate_up, down, o = (
+        TRITON.pack_linear(normal(*shape, dtype=dtype) / shape[1] ** 0.5, None) for shape in shapes
+    )
+    table, norm = normal(500, hidden, dtype=dtype), normal(hidden, dtype=dtype)
+    ids = torch.randint(0, 500, (rows,), device=DEVICE)
+    layout = make_layout([(5, 1)] * rows)
+
+    def run() -> list[Tensor]:
+        torch.cuda.synchronize()
+        results = []
+        residual = TRITON.embed(ids, table)
+        x = TRITON.rms_norm(residual, norm, 1e-5)
+        for _ in range(60):
+            x, residual = TRITON.add_rms_norm(TRITON.linear(x, o), residual, norm, 1e-5)
+            hidden = TRITON.conv_silu_mul(TRITON.linear(x, gate_up), None, None, None, layout.batch)
+            x, residual = TRITON.add_rms_norm(TRITON.linear(hidden, down), residual, norm, 1e-5)
+            results.append(x)
+        return [*results, TRITON.argmax(x)]
+
+    overlapped = [run() for _ in range(3)]
+    monkeypatch.setattr(triton_launch, "can_overlap", lambda _device: False)
+    apart = run()
+    for results in overlapped:
+        for got, truth in zip(results, apart, strict=True):
+            assert torch.equal(got, truth)

@@ -3,28 +3,25 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 import torch.nn.functional as F
-from convserve.kernels import Ops, QKNorm, tuning
-from convserve.kernels.triton_linear import linear
+from convserve.kernels import Ops, triton_launch, tuning
+from convserve.kernels.triton_linear import linear, silu_linear
 from convserve.kernels.triton_ops import TritonOps
 from triton_cases import (
     DEVICE,
-    Layout,
     assert_close,
     live_only,
     live_rows,
     make_filter,
     make_layout,
-    make_pages,
     make_ring,
     nan_bits,
     normal,
     wide,
 )
+from triton_checks import check_qkv
 
 REFERENCE, TRITON = Ops(), TritonOps()
 ON_GPU = DEVICE.type == "cuda"
@@ -74,6 +71,23 @@ def test_qkv_with_parts_not_convolved(parts: tuple[int, ...] | str) -> None:
     check_qkv(make_layout(SHORT, ring_len=8), "static", torch.float32, parts=parts)
     if isinstance(parts, tuple):
         check_qkv(make_layout(SHORT, ring_len=8), "lowrank", torch.float32, parts=parts)
+
+
+@pytest.mark.parametrize(
+    ("kind", "norm", "parts"),
+    [("headwise", None, (0, 1, 2)), ("headwise", ("head", "conv_first"), (0, 2)),
+     ("static", None, "one stream")],
+)  # fmt: skip
+def test_qkv_of_long_runs(
+    kind: str, norm: tuple[str, str] | None, parts: tuple[int, ...] | str
+) -> None:
+    """Tiles inside a sequence, over its edges, and past the last row."""
+    torch.manual_seed(11)
+    layout = make_layout([(0, 70), (5, 9), (2, 1)], padding_rows=2)
+    check_qkv(
+        layout, kind, torch.float32, head_dim=64, conv_head=16, norm=norm, parts=parts,
+        tile=tuning.ConvTile(16, 64, 1, "runs"),
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", ["none", "lowrank"])
@@ -140,7 +154,8 @@ def test_rms_norm(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("tile", [
     tuning.LinearTile(1, 4, 64, 1, 1), tuning.LinearTile(4, 2, 32, 1, 1),
-    tuning.LinearTile(16, 16, 32, 4, 2),
+    tuning.LinearTile(16, 16, 32, 4, 2), tuning.LinearTile(8, 32, 64, 2, 3, 2),
+    tuning.LinearTile(8, 16, 64, 4, 0, 4),
 ])  # fmt: skip
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("outputs", "depth"), [(24, 64), (10, 80)])
@@ -154,69 +169,28 @@ def test_small_linear(tile: tuning.LinearTile, bias: bool, outputs: int, depth: 
     shift = normal(outputs, dtype=torch.bfloat16) if bias else None
     truth = F.linear(x.double(), weight.double(), None if shift is None else shift.double())
     assert_close(linear(x, weight, shift, tile), truth)
+    gate, up = truth.chunk(2, dim=1)
+    gated = silu_linear(x, weight, shift, tile)
+    assert gated is not None
+    assert_close(gated, F.silu(gate) * up)
+
+
+def test_the_table_asks_for_no_more_than_the_device_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tuned on one GPU, run on another: cuBLAS, not an error at the first token."""
+    x, weight = normal(5, 2048, dtype=torch.bfloat16), normal(32, 2048, dtype=torch.bfloat16)
+    truth = F.linear(x.double(), weight.double())
+    monkeypatch.setattr(triton_launch, "_shared_memory", lambda _device: 65_536)
+    assert silu_linear(x, weight, None) is None
+    assert_close(linear(x, weight, None), truth)
+
+
+def test_silu_linear_where_the_table_has_no_kernel() -> None:
+    torch.manual_seed(10)
+    weight, x, batch = normal(24, 64), normal(3, 64), make_layout(DECODE).batch
+    truth = REFERENCE.silu_linear(x.double(), REFERENCE.pack_linear(weight.double(), None), batch)
+    assert_close(TRITON.silu_linear(x, TRITON.pack_linear(weight, None), batch), truth)
 
 
 def site(kind: str, parts: list[tuple[int, int]], dtype: torch.dtype):
     """A filter of `kind`, or (None, 0)."""
     return (None, 0) if kind == "none" else make_filter(kind, 4, parts, dtype=dtype)
-
-
-def check_qkv(
-    layout: Layout,
-    kind: str,
-    dtype: torch.dtype,
-    *,
-    heads: tuple[int, int] = (2, 1),
-    head_dim: int = 16,
-    rotary: int | None = None,
-    conv_head: int = 4,
-    norm: tuple[str, str] | None = None,
-    parts: tuple[int, ...] | str = (0, 1, 2),
-) -> None:
-    """The op on column slices of one wide tensor, against the reference in float64."""
-    rows, live = len(layout.batch.positions), live_rows(layout)
-    q_heads, kv_heads = heads
-    edges = [0, q_heads, q_heads + kv_heads, q_heads + 2 * kv_heads]
-    columns = edges[3] * head_dim
-    if parts == "one stream":
-        spans = [(0, columns)]
-    elif parts == "split inside k":
-        spans = [(0, edges[1] * head_dim + 4), (edges[1] * head_dim + 4, columns)]
-    else:
-        spans = [(edges[i] * head_dim, edges[i + 1] * head_dim) for i in parts]  # pyright: ignore
-    filters, z_width = (None, 0)
-    if kind != "none":
-        filters, z_width = make_filter(kind, 4, spans, head_size=conv_head, dtype=dtype)
-    ring = make_ring(layout, 4, 1 if filters is None else filters.channels, dtype)
-    both = normal(rows, columns + z_width + 8, dtype=dtype)
-    x, z = both[:, :columns], both[:, columns : columns + z_width]
-    rotary = head_dim if rotary is None else rotary
-    angle = torch.rand(rows, rotary // 2) * 6
-    rope = torch.cat((angle.cos(), angle.sin()), 1).to(DEVICE)
-    k_pages, v_pages = (make_pages(layout, kv_heads, head_dim, dtype) for _ in range(2))
-    qk_norm = wide_norm = None
-    if norm is not None:
-        widths = (head_dim,) * 2 if norm[0] == "head" else (q_heads * head_dim, kv_heads * head_dim)
-        q_weight, k_weight = (normal(w, dtype=dtype) for w in widths)
-        qk_norm = QKNorm(norm[0], norm[1], q_weight, k_weight, 1e-6)  # pyright: ignore
-        wide_norm = replace(qk_norm, q=q_weight.double(), k=k_weight.double())
-    truth_ring, truth_k, truth_v = ring.double(), k_pages.double(), v_pages.double()
-    truth = REFERENCE.qkv_rope_write(
-        x[:live].double(), z[:live].double() if z_width else None, wide(filters), truth_ring,
-        wide_norm, rope[:live].double(), truth_k, truth_v, live_only(layout.batch),
-    )  # fmt: skip
-    got = TRITON.qkv_rope_write(
-        x, z if z_width else None, filters, ring, qk_norm, rope, k_pages, v_pages, layout.batch
-    )
-    assert got.is_contiguous()
-    assert_close(got[:live], truth)
-    for pages, true_pages in ((k_pages, truth_k), (v_pages, truth_v)):
-        assert torch.equal(pages.isnan(), true_pages.isnan())
-        assert_close(pages.nan_to_num(), true_pages.nan_to_num())
-    if norm is None or norm[1] == "conv_first":
-        assert torch.equal(nan_bits(ring), nan_bits(truth_ring.to(dtype)))
-    else:
-        # The ring holds normed rows: computed, so right to rounding.
-        assert torch.equal(ring.isnan(), truth_ring.isnan())
-        if filters is not None:
-            assert_close(ring.nan_to_num(), truth_ring.nan_to_num())

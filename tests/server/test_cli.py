@@ -41,7 +41,8 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Served:
     made = Served()
     monkeypatch.setattr(serve_module, "run", made.run)
     monkeypatch.setattr("convserve.server.logs.configure_logging", lambda *_, **__: None)
-    monkeypatch.delenv("CONVSERVE_API_KEY", raising=False)
+    for name in ("CONVSERVE_API_KEY", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"):
+        monkeypatch.delenv(name, raising=False)
     return made
 
 
@@ -58,6 +59,7 @@ def test_flags_become_settings(served: Served) -> None:
         *("--max-body", "5000", "--keep-alive-seconds", "2", "--drain-seconds", "4"),
         *("--deadline-seconds", "8", "--no-vllm-metrics", "--open-metrics", "--api-key", "k"),
         *("--cors-origin", "https://x", "--no-prefix-caching", "--conv-tail-memory", "2%"),
+        *("--no-page", "--otlp-traces-endpoint", "http://c:4318/v1/traces"),
     ]
     served.code = 3
     assert invoke(*words).exit_code == 3
@@ -73,6 +75,7 @@ def test_flags_become_settings(served: Served) -> None:
     assert (settings.deadline_seconds, settings.vllm_metrics) == (8, False)
     assert (settings.api_keys, settings.metrics_need_key) == (("k",), False)
     assert settings.cors_origins == ("https://x",)
+    assert (settings.page, settings.otlp_traces_endpoint) == (False, "http://c:4318/v1/traces")
     assert (listen.host, listen.port, listen.drain_seconds) == ("::1", 0, 4)
 
 
@@ -80,6 +83,9 @@ def test_a_server_is_local_and_named_after_its_folder_by_default(served: Served)
     assert invoke("serve", FOLDER).exit_code == 0
     assert served.listen.host == "127.0.0.1"
     assert served.settings.model_names == ("tokenizer",)
+    assert served.settings.page
+    assert served.settings.otlp_traces_endpoint is None
+    assert served.settings.cors_origins == served.settings.api_keys == ()
 
 
 def test_keys_come_from_flags_environment_and_file(
@@ -100,6 +106,7 @@ def test_keys_come_from_flags_environment_and_file(
         (["serve", FOLDER, "--max-queue", "-1"], 2, "--max-queue"),
         (["serve", FOLDER, "--dtype", "int8"], 2, "--dtype"),
         (["serve", FOLDER, "extra"], 2, "extra"),
+        (["serve", FOLDER, "--log-level", "loud"], 2, "--log-level"),
         (["serve", "/no/such/folder"], 1, "/no/such/folder: no such folder"),
         (["serve", "/no/such.gguf"], 1, "/no/such.gguf: No such file"),
         (["serve", FOLDER, "--api-key", ""], 1, "an API key must be"),

@@ -345,3 +345,36 @@ async def test_a_streams_deltas_add_up_to_the_whole_reply(
     assert parts[-1]["stop_reason"] == whole["stop_reason"]
     assert all(part["finish_reason"] is None for part in parts[:-1])
     assert not any(stop in whole["text"] for stop in stops)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=25)
+@given(
+    said=st.lists(
+        st.one_of(st.text(max_size=5).map(str.encode), st.binary(max_size=3), st.just(b"<tool"))
+    ),
+    stops=st.lists(st.text("ab€", min_size=1, max_size=2), max_size=2),
+    per_step=st.integers(1, 4),
+    with_tools=st.booleans(),
+)
+async def test_a_chat_streams_deltas_add_up_to_the_whole_answer(
+    connect: Callable[..., Any],
+    said: list[bytes],
+    stops: list[str],
+    per_step: int,
+    with_tools: bool,
+) -> None:
+    body: dict[str, Any] = {
+        "messages": [{"role": "user", "content": "a"}],
+        "stop": stops,
+        "truncate_prompt_tokens": 50,
+    }
+    if with_tools:
+        body["tools"] = [{"type": "function", "function": {"name": "f"}}]
+    path = "/v1/chat/completions"
+    async with connect(FakeEngine(b"".join(said), tokens_per_step=per_step)) as client:
+        [whole] = (await client.post(path, json=body)).json()["choices"]
+        reply = await client.post(path, json={**body, "stream": True})
+    parts = [event["choices"][0] for event in events(reply.content)[:-1]]
+    text = "".join(part["delta"].get("content", "") for part in parts)
+    assert text == whole["message"]["content"]
+    assert parts[-1]["finish_reason"] == whole["finish_reason"]

@@ -5,23 +5,35 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import socket
 import subprocess
 import sys
 import zipfile
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
+from convserve.engine import LLM
+from convserve.engine.gguf_cache import imported_folder, is_imported
+from convserve.engine.models.adapter import base_identity, read_adapter
+from convserve.server import serve as serve_module
+from convserve.server.cli import app
 from convserve.server.default_model import (
+    DEFAULT_ADAPTER,
+    SHIPPED,
     SMOLLM2,
     DefaultModelError,
     PackagedModel,
     default_model_folder,
 )
+from safetensors import safe_open
 from tiny_gguf import write_gguf
+from typer.testing import CliRunner
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from convserve.engine.config import EngineConfig
 
 WHEEL = "tiny_model-1.0-py3-none-any.whl"
 
@@ -148,3 +160,82 @@ def test_the_shipped_description_is_pinned() -> None:
     name, version = SMOLLM2.requirement.split("==")
     assert SMOLLM2.wheel.startswith(f"{name.replace('-', '_')}-{version}-")
     assert len(SMOLLM2.wheel_sha256) == len(SMOLLM2.member_sha256) == 64
+
+
+@pytest.mark.parametrize(
+    ("words", "adapter", "name"),
+    [
+        ((), str(DEFAULT_ADAPTER), "SmolLM2-135M-Instruct-dynconv"),
+        (("--conv-adapter", "none"), "", "SmolLM2-135M-Instruct"),
+        (("--conv-adapter", "mine"), "mine", "SmolLM2-135M-Instruct"),
+        (("here",), "", "here"),
+        (("here", "--conv-adapter", "mine"), "mine", "here"),
+    ],
+    ids=["default", "alone", "default with another", "a folder", "a folder with another"],
+)
+def test_the_default_model_is_served_with_its_convolutions(
+    words: tuple[str, ...],
+    adapter: str,
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        "convserve.server.default_model.default_model_folder", lambda **_: tmp_path / "base"
+    )
+    served: list[tuple[EngineConfig, tuple[str, ...]]] = []
+
+    def run(engine: EngineConfig, settings: Any, listen: Any) -> int:
+        served.append((engine, settings.model_names))
+        return 0
+
+    monkeypatch.setattr(serve_module, "run", run)
+    assert CliRunner().invoke(app, ["serve", *words]).exit_code == 0
+    [(engine, names)] = served
+    assert engine.conv_adapter == adapter
+    assert engine.model.endswith("base" if words[:1] != ("here",) else "here")
+    assert names == (name,)
+
+
+def test_the_shipped_adapter_fits_the_default_model() -> None:
+    adapter = read_adapter(DEFAULT_ADAPTER)
+    width, rank = adapter.conv["width"], adapter.conv["rank"]
+    expected = {
+        f"model.layers.{i}.self_attn.dynamic_conv_{place}.{name}": shape
+        for i in range(30)
+        for place, channels in (("q", 576), ("k", 192), ("v", 192))
+        for name, shape in (
+            ("proj_in.weight", [rank, 576]),
+            ("proj_out", [rank, width * channels]),
+            ("proj_out_bias", [width, channels]),
+        )
+    }
+    with safe_open(str(adapter.weights), framework="pt") as file:
+        assert {name: file.get_slice(name).get_shape() for name in file.keys()} == expected  # noqa: SIM118
+    assert adapter.weights.stat().st_size < 6e6
+    if is_imported(SMOLLM2.member_sha256):  # on machines that have served it
+        assert base_identity(imported_folder(SMOLLM2.member_sha256)) == adapter.base_sha256
+
+
+def test_the_tiny_model_predicts_what_its_trainer_measured() -> None:
+    folder = SHIPPED["tiny"]
+    sample = json.loads((folder / "sample.json").read_text())
+    llm = LLM(folder, dtype="float32", memory="64MiB")
+    [scores] = llm.score([sample["tokens"]])
+    loss = -sum(p for p in scores if p is not None) / (len(scores) - 1)
+    assert loss == pytest.approx(sample["trainer_loss"], abs=1e-4)
+    assert (folder / "model.safetensors").stat().st_size < 4e6
+    assert llm.generate(["def "])[0].text
+
+
+def test_a_shipped_model_is_served_by_its_name(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, ["inspect", "tiny"])
+    assert "lowrank, width 4, rank 8, after q k v o gate up down in 3 of 3 layers" in result.stdout
+    (tmp_path / "tiny").mkdir()
+    result = CliRunner().invoke(app, ["inspect", "tiny"])
+    assert "no config.json" in result.stderr, "a folder of that name comes first"

@@ -111,9 +111,27 @@ BAD_COMPLETIONS: list[tuple[str, Any]] = [
     ("use_beam_search", True),
     ("length_penalty", 0.5),
     ("prompt_embeds", "AAAA"),
-    ("response_format", {"type": "json_object"}),
-    ("structured_outputs", {"regex": "a"}),
-    ("guided_json", {}),
+    ("guided_decoding_backend", "outlines"),
+    # structured outputs
+    ("response_format", {"type": "json"}),
+    ("response_format", {"type": "json_schema"}),
+    ("response_format", {"type": "json_schema", "json_schema": {"schema": "{}"}}),
+    ("response_format", {"type": "json_schema", "json_schema": {"schema": {"type": "strin"}}}),
+    ("structured_outputs", {"regex": "(a"}),
+    ("structured_outputs", {"regex": "a" * 70_000}),
+    ("structured_outputs", {"choice": []}),
+    ("structured_outputs", {"choice": ["a"] * 1025}),
+    ("structured_outputs", {"choice": ["a", ""]}),
+    ("structured_outputs", {"grammar": "start: missing"}),
+    ("structured_outputs", {"grammar": "root ::= (("}),
+    ("structured_outputs", {"json": "{"}),
+    ("structured_outputs", {"json": {"$ref": "http://example.com/schema"}}),
+    ("structured_outputs", {"structural_tag": "x"}),
+    ("structured_outputs", 3),
+    ("guided_json", {"not": {}}),
+    ("guided_regex", "[a"),
+    ("guided_choice", "a"),
+    ("guided_grammar", "start: a"),
     ("logprob_token_ids", [1]),
     ("kv_transfer_params", {}),
 ]
@@ -124,7 +142,18 @@ BAD_CHAT: list[tuple[str, Any]] = [
     ("messages", [{"role": "user", "content": "x" * 300}]),
     ("messages[0]", [{"role": "user"}]),
     ("messages[0].role", [{"role": "<|eos|>", "content": "a"}]),
-    ("messages[0].role", [{"role": "tool", "content": "a"}]),
+    ("messages[0].role", [{"role": "function", "content": "a"}]),
+    ("messages[0].content", [{"role": "assistant", "tool_calls": []}]),
+    (
+        "messages[0].tool_calls",
+        [
+            {
+                "role": "user",
+                "content": "a",
+                "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": "{}"}}],
+            }
+        ],
+    ),
     ("messages[0].content", [{"role": "user", "content": 3}]),
     (
         "messages[0].content[0].type",
@@ -135,8 +164,14 @@ BAD_CHAT: list[tuple[str, Any]] = [
     ("max_completion_tokens", 0),
     ("top_logprobs", 3),
     ("logprobs", 3),
-    ("tools", [{"type": "function", "function": {"name": "f"}}]),
+    ("tools", [{"type": "function", "function": {"name": "a b"}}]),
+    ("tools", [{"type": "function", "function": {"name": "f"}}] * 2),
+    ("tools", [{"type": "function", "function": {"name": f"f{i}"}} for i in range(129)]),
+    ("tools", [{"type": "custom", "custom": {"name": "f"}}]),
+    ("tools", [{"type": "function"}]),
     ("tool_choice", "required"),
+    ("tool_choice", {"type": "function", "function": {"name": "f"}}),
+    ("tool_choice", "maybe"),
     ("functions", [{}]),
     ("reasoning_effort", "high"),
     ("modalities", ["audio"]),
@@ -149,7 +184,11 @@ BAD_CHAT: list[tuple[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize(("field", "value"), BAD_COMPLETIONS, ids=str)
+def brief(value: Any) -> str:
+    return str(value)[:40]
+
+
+@pytest.mark.parametrize(("field", "value"), BAD_COMPLETIONS, ids=brief)
 async def test_a_bad_completion_field_is_a_400_naming_it(
     connect: Callable[..., Any], field: str, value: Any
 ) -> None:
@@ -163,7 +202,7 @@ async def test_a_bad_completion_field_is_a_400_naming_it(
     assert not engine.submitted
 
 
-@pytest.mark.parametrize(("path", "value"), BAD_CHAT, ids=str)
+@pytest.mark.parametrize(("path", "value"), BAD_CHAT, ids=brief)
 async def test_a_bad_chat_field_is_a_400_naming_it(
     connect: Callable[..., Any], path: str, value: Any
 ) -> None:
@@ -185,6 +224,11 @@ async def test_a_bad_chat_field_is_a_400_naming_it(
         ({"prompt": ["a"] * 100, "n": 100}, "n"),
         ({"prompt": "a", "allowed_token_ids": [65], "bad_words": ["A"]}, "allowed_token_ids"),
         ({"prompt": "a", "logprobs": 30, "echo": True}, "logprobs"),
+        ({"prompt": "a", "guided_regex": "a", "guided_choice": ["b"]}, "guided_choice"),
+        ({"prompt": "a", "guided_regex": "a", "min_tokens": 1}, "min_tokens"),
+        ({"prompt": "a", "guided_regex": "a", "ignore_eos": True}, "ignore_eos"),
+        ({"prompt": "a", "guided_regex": "a", "bad_words": ["x"]}, "bad_words"),
+        ({"prompt": "a", "guided_regex": "a", "allowed_token_ids": [97]}, "allowed_token_ids"),
         ({}, "prompt"),
     ],
 )
@@ -255,6 +299,25 @@ async def test_a_body_that_is_not_json_is_a_400(connect: Callable[..., Any], bod
             COMPLETIONS, content=body, headers={"content-type": "application/json"}
         )
     error_of(reply, 400)
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        (b'{"prompt": "a", "temperature": 1e999}', "temperature"),
+        (b'{"prompt": "a", "logit_bias": {"1": -1e400}}', "logit_bias"),
+        (b'{"prompt": "a", "stop_token_ids": [1, ' + b"9" * 5000 + b"]}", "stop_token_ids"),
+    ],
+    ids=["float", "nested", "integer"],
+)
+async def test_a_number_that_nothing_can_hold_is_named(
+    connect: Callable[..., Any], body: bytes, param: str
+) -> None:
+    headers = {"content-type": "application/json"}
+    async with connect(FakeEngine()) as client:
+        error = error_of(await client.post(COMPLETIONS, content=body, headers=headers), 400)
+    assert error["param"] == param
+    assert error["message"] == f"{param}: has a number that is out of range"
 
 
 async def test_statuses_of_the_envelope(connect: Callable[..., Any]) -> None:
@@ -343,18 +406,34 @@ json_values = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
     max_leaves=6,
 )
+CHAT_FIELDS = sorted(
+    {path.partition("[")[0].partition(".")[0] for path, _ in BAD_CHAT}
+    | {"input", "instructions", "text", "metadata", "store", "truncation", "prompt", "tokens"}
+)
+STRUCTURED = ("response_format", "structured_outputs", "guided")
 FIELDS = sorted(
-    {field for field, _ in BAD_COMPLETIONS} | {"echo", "ignore_eos", "return_token_ids"}
+    {field for field, _ in BAD_COMPLETIONS if not field.startswith(STRUCTURED)}
+    | {"echo", "ignore_eos", "return_token_ids"}
 )
 
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(body=st.dictionaries(st.sampled_from(FIELDS), json_values, max_size=4))
+@given(
+    body=st.dictionaries(st.sampled_from(FIELDS), json_values, max_size=4),
+    chat=st.dictionaries(st.sampled_from(CHAT_FIELDS), json_values, max_size=4),
+)
 async def test_no_body_is_a_server_error_or_leaves_something_running(
-    connect: Callable[..., Any], body: dict[str, Any]
+    connect: Callable[..., Any], body: dict[str, Any], chat: dict[str, Any]
 ) -> None:
     engine = FakeEngine("ab")
     async with connect(engine) as client:
-        reply = await client.post(COMPLETIONS, json={"prompt": "a", **body})
-    assert reply.status_code in (200, 400)
+        for path, asked in (
+            (COMPLETIONS, {"prompt": "a", **body}),
+            (CHAT, {"messages": USER, **chat}),
+            ("/v1/responses", {"input": "a", **chat}),
+            ("/tokenize", {"prompt": "a", **chat}),
+            ("/detokenize", {"tokens": [1], **body}),
+        ):
+            reply = await client.post(path, json=asked)
+            assert reply.status_code in (200, 400), (path, reply.text)
     assert engine.live == 0

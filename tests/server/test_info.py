@@ -5,6 +5,7 @@ Breaks for: routers, probes, dashboards and load generators that find a server b
 
 from __future__ import annotations
 
+import logging
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -65,6 +66,24 @@ async def test_tokenize_and_back(connect: Callable[..., Any]) -> None:
             assert (await client.post("/tokenize", json=body)).status_code == 400
         for body in ({}, {"tokens": [259]}, {"tokens": [-1]}, {"tokens": "a"}):
             assert (await client.post("/detokenize", json=body)).status_code == 400
+
+
+async def test_probes_are_logged_only_when_they_fail(
+    connect: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = FakeEngine()
+    async with connect(engine, stale_seconds=5) as client:
+        with caplog.at_level(logging.INFO, "convserve.access"):
+            for path in ("/health", "/ping", "/ready", "/metrics", "/stats", "/"):
+                assert (await client.get(path)).status_code == 200
+            assert not caplog.records
+            engine.age = 6
+            await client.get("/health")
+        [record] = caplog.records
+        assert record.facts["status"] == 503  # type: ignore[attr-defined]
+        with caplog.at_level(logging.DEBUG, "convserve.access"):
+            await client.get("/metrics")
+    assert len(caplog.records) == 2
 
 
 async def scrape(client: Any) -> dict[str, float]:
@@ -147,6 +166,40 @@ async def test_edges_see_steps_of_a_millisecond(connect: Callable[..., Any]) -> 
     assert len(aliases) == 20
 
 
+async def test_every_step_is_counted_between_two_scrapes(connect: Callable[..., Any]) -> None:
+    engine = FakeEngine("")
+    async with connect(engine) as client:
+        for steps, rows in ((1, 100), (2, 3), (2, 3), (3, 3)):
+            engine.totals = EngineStats(
+                steps=steps, step_tokens=rows, step_seconds=0.001, scheduler_seconds=0.0001
+            )
+            engine.step()
+        found = await scrape(client)
+    ours, vllm = "model_name=tiny", "engine=0|model_name=tiny"
+    for name, label in (
+        ("convserve_step_batch_tokens", ours), ("vllm:iteration_tokens_total", vllm),
+    ):  # fmt: skip
+        assert found[f"{name}_count|{label}"] == 3
+        assert found[f"{name}_sum|{label}"] == 106
+    assert found[f"convserve_step_duration_seconds_sum|{ours}"] == pytest.approx(0.003)
+    assert found[f"convserve_step_scheduler_seconds_sum|{ours}"] == pytest.approx(0.0003)
+
+
+async def test_routes_are_timed_and_the_process_is_watched(connect: Callable[..., Any]) -> None:
+    async with connect(FakeEngine()) as client:
+        name = "convserve_http_request_duration_seconds_count|model_name=tiny|route="
+        before = await scrape(client)
+        await client.get("/v1/models/tiny")
+        after = await scrape(client)
+    assert before[name + "/v1/completions"] == 0
+    assert after[name + "/v1/models/{name:path}"] == 1
+    assert {"process_open_fds", "process_resident_memory_bytes"} <= set(after)
+    assert (
+        "vllm:cache_config_info|block_size=16|engine=0|model_name=tiny|num_gpu_blocks=64" in after
+    )
+    assert [key for key in after if key.startswith("vllm:lora_requests_info|")]
+
+
 async def test_vllms_names_can_be_turned_off(connect: Callable[..., Any]) -> None:
     async with connect(FakeEngine(), vllm_metrics=False) as client:
         assert not [key for key in await scrape(client) if key.startswith("vllm")]
@@ -180,3 +233,23 @@ async def test_the_openapi_description_is_whole(connect: Callable[..., Any]) -> 
     fields = schema["components"]["schemas"]["CompletionRequest"]["properties"]
     assert {"prompt", "logprobs", "stop", "min_p"} <= set(fields)
     assert msgspec.json.encode(schema)
+
+
+async def test_every_example_of_the_description_is_answered(connect: Callable[..., Any]) -> None:
+    engine = FakeEngine("hi")
+    async with connect(engine) as client:
+        schema = (await client.get("/openapi.json")).json()
+        sent = 0
+        for path, operations in schema["paths"].items():
+            body = operations.get("post", {}).get("requestBody")
+            examples = body["content"]["application/json"]["examples"] if body else {}
+            for name, example in examples.items():
+                asked = dict(example["value"])
+                for limit in asked.keys() & {"max_tokens", "max_completion_tokens"}:
+                    asked[limit] = min(asked[limit], 8)
+                if "tools" in asked:  # bytes are tokens here, and the context has 256
+                    asked["truncate_prompt_tokens"] = 100
+                reply = await client.post(path, json=asked)
+                assert reply.status_code == 200, (path, name, reply.text)
+                sent += 1
+    assert sent >= 15

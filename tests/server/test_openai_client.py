@@ -5,10 +5,10 @@ Breaks for: everybody who only changes `base_url`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
-import httpx
 import openai
+import pydantic
 import pytest
 from fake_engine import FakeEngine
 
@@ -16,20 +16,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 MESSAGES: Any = [{"role": "user", "content": "Hi"}]
-
-
-@pytest.fixture
-def openai_client(serve: Callable[..., Any]) -> Callable[..., openai.AsyncOpenAI]:
-    def made(engine: FakeEngine, key: str = "k", **options: Any) -> openai.AsyncOpenAI:
-        transport = httpx.ASGITransport(serve(engine, api_keys=("k",), **options))
-        return openai.AsyncOpenAI(
-            base_url="http://test/v1",
-            api_key=key,
-            max_retries=0,
-            http_client=cast("Any", httpx.AsyncClient(transport=transport)),
-        )
-
-    return made
 
 
 async def test_models(openai_client: Callable[..., openai.AsyncOpenAI]) -> None:
@@ -82,6 +68,59 @@ async def test_chat_streams(openai_client: Callable[..., openai.AsyncOpenAI]) ->
         assert text == "hello"
         assert usage is not None
         assert usage.completion_tokens == 6
+
+
+async def test_tools_and_formats(openai_client: Callable[..., openai.AsyncOpenAI]) -> None:
+    parameters = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    tools: Any = [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
+    said = 'Well: <tool_call>[{"name": "f", "arguments": {"a": 1}}]</tool_call>'
+    ask: Any = {
+        "model": "tiny",
+        "messages": MESSAGES,
+        "tools": tools,
+        "extra_body": {"truncate_prompt_tokens": 50},
+    }
+    async with openai_client(FakeEngine(said)) as client:
+        reply = await client.chat.completions.create(**ask)
+        [choice] = reply.choices
+        assert (choice.message.content, choice.finish_reason) == ("Well:", "tool_calls")
+        async with client.chat.completions.stream(**ask) as stream:
+            final = await stream.get_final_completion()
+        for message in (choice.message, final.choices[0].message):
+            assert message.tool_calls is not None
+            [call] = message.tool_calls
+            assert call.type == "function"
+            assert (call.function.name, call.function.arguments) == ("f", '{"a": 1}')
+
+
+class Person(pydantic.BaseModel):
+    name: str
+    age: int
+
+
+async def test_a_pydantic_model_is_a_format(
+    openai_client: Callable[..., openai.AsyncOpenAI],
+) -> None:
+    engine = FakeEngine('{"name": "Ada", "age": 36}')
+    async with openai_client(engine) as client:
+        reply = await client.chat.completions.parse(
+            model="tiny", messages=MESSAGES, response_format=Person
+        )
+        answer = await client.responses.parse(model="tiny", input="a", text_format=Person)
+    assert reply.choices[0].message.parsed == Person(name="Ada", age=36)
+    assert answer.output_parsed == Person(name="Ada", age=36)
+    assert [request.params.grammar is not None for request in engine.submitted] == [True, True]
+
+
+async def test_a_raw_reply_has_its_headers(
+    openai_client: Callable[..., openai.AsyncOpenAI],
+) -> None:
+    async with openai_client(FakeEngine("hello")) as client:
+        raw = await client.completions.with_raw_response.create(
+            model="tiny", prompt="a", extra_headers={"X-Request-Id": "mine-1"}
+        )
+        assert raw.headers["x-request-id"] == "mine-1"
+        assert raw.parse().choices[0].text == "hello"
 
 
 async def test_errors_become_the_clients_exceptions(

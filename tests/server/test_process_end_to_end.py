@@ -127,6 +127,14 @@ def test_openai_client_then_a_drain(server: Server) -> None:
         deltas = client.chat.completions.create(messages=messages, stream=True, **ask)
         told = "".join(chunk.choices[0].delta.content or "" for chunk in deltas)
         assert told == answer.choices[0].message.content
+        asked = {"structured_outputs": {"choice": ["yes", "no"]}}
+        held = client.completions.create(prompt="a", extra_body=asked, **ask)
+        assert held.choices[0].text in ("yes", "no")
+        assert held.choices[0].finish_reason == "stop"
+        with pytest.raises(openai.BadRequestError, match="structured_outputs"):
+            client.completions.create(
+                prompt="a", extra_body={"structured_outputs": {"regex": "(a"}}, **ask
+            )
         with pytest.raises(openai.BadRequestError, match="temperature"):
             client.completions.create(**{**ask, "prompt": "a", "temperature": -1})
 

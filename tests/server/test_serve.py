@@ -7,17 +7,24 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
+import shutil
 import signal
 import socket
+import ssl
+import subprocess
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx
+import msgspec
 import pytest
 from asgi_call import events
 from convserve.engine.client import EngineStartError
 from convserve.engine.config import EngineConfig
 from convserve.server import serve as serve_module
+from convserve.server.banner import banner
 from convserve.server.serve import ListenOptions, run
 from convserve.server.settings import ServerSettings
 from fake_engine import INFO, FakeEngine
@@ -35,9 +42,17 @@ class Stage:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self._monkeypatch = monkeypatch
+        self.verify: bool | ssl.SSLContext = True
         self.players: list[asyncio.Task[None]] = []
 
-    def run(self, engine: FakeEngine, play: Any, uds: Path | None = None, **listen: Any) -> int:
+    def run(
+        self,
+        engine: FakeEngine,
+        play: Any,
+        uds: Path | None = None,
+        settings: ServerSettings = SETTINGS,
+        **listen: Any,
+    ) -> int:
         stage = self
         engine.info = serve_module.msgspec.structs.replace(INFO, model=str(FOLDER))
 
@@ -49,7 +64,7 @@ class Stage:
 
         self._monkeypatch.setattr(serve_module, "ProcessClient", Client)
         listening = ListenOptions(port=0, uds=uds, **listen)
-        code = run(EngineConfig(model=str(FOLDER)), SETTINGS, listening)
+        code = run(EngineConfig(model=str(FOLDER)), settings, listening)
         for player in self.players:
             player.result()
         return code
@@ -59,13 +74,14 @@ class Stage:
         async with asyncio.timeout(10):
             while not (url := "http://unix" if uds is not None and uds.exists() else self.url()):
                 await asyncio.sleep(0.01)
-            async with httpx.AsyncClient(base_url=url, transport=transport) as client:
+            options = {"base_url": url, "transport": transport, "verify": self.verify}
+            async with httpx.AsyncClient(**options) as client:
                 await play(engine, client)
 
     def url(self) -> str | None:
         """Where the banner said that it listens."""
         words = self.banner().split()
-        return next((word for word in words if word.startswith("http://127")), None)
+        return next((word for word in words if re.match("https?://127", word)), None)
 
     banner: Callable[[], str]
 
@@ -180,6 +196,90 @@ def test_a_unix_socket(stage: Stage, tmp_path: Path) -> None:
         terminate()
 
     assert stage.run(FakeEngine("hi"), play, uds=tmp_path / "s") == 0
+
+
+@pytest.fixture
+def certificate(tmp_path: Path) -> tuple[Path, Path]:
+    """A certificate for 127.0.0.1 that nobody signed, and its key."""
+    if (openssl := shutil.which("openssl")) is None:
+        pytest.skip("there is no openssl")
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    kind = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"]
+    names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]
+    command = [openssl, "req", "-x509", *kind, *names, "-keyout", str(key), "-out", str(cert)]
+    subprocess.run(command, check=True, capture_output=True)
+    return cert, key
+
+
+def test_tls(stage: Stage, certificate: tuple[Path, Path]) -> None:
+    async def play(_: FakeEngine, client: httpx.AsyncClient) -> None:
+        assert client.base_url.scheme == "https"
+        reply = await client.post("/v1/completions", json={"prompt": "a"})
+        assert reply.json()["choices"][0]["text"] == "hi"
+        with pytest.raises(httpx.TransportError):
+            await client.get(f"http://127.0.0.1:{client.base_url.port}/health")
+        terminate()
+
+    cert, key = certificate
+    stage.verify = ssl.create_default_context(cafile=str(cert))
+    assert stage.run(FakeEngine("hi"), play, ssl_certfile=cert, ssl_keyfile=key) == 0
+
+
+def test_a_certificate_that_does_not_fit_is_told_before_the_engine_starts(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    certificate: tuple[Path, Path],
+    tmp_path: Path,
+) -> None:
+    cert, key = certificate
+    unreachable = AssertionError("the engine was started")
+    (tmp_path / "empty").touch()
+    for pair, said in (
+        ((tmp_path / "none", key), "none: no such file"),
+        ((cert, tmp_path / "none"), "none: no such file"),
+        ((key, key), "not a certificate and its key"),
+        ((cert, tmp_path / "empty"), "not a certificate and its key"),
+    ):
+        listen = ListenOptions(port=0, ssl_certfile=pair[0], ssl_keyfile=pair[1])
+        assert start(monkeypatch, unreachable, listen) == 1
+        error = capsys.readouterr().err
+        assert said in error
+        assert error.count("\n") == 1
+
+
+def test_the_banner_says_what_fits() -> None:
+    info = msgspec.structs.replace(INFO, conv="lowrank, width 4", num_tails=32)
+    engine = EngineConfig(model="", prefix_caching=False)
+    text = "\n".join(banner(info, engine, SETTINGS, "http://127.0.0.1:1"))
+    for fact in (
+        "serves tiny at http://127.0.0.1:1", "model   llama, conv lowrank, width 4, 1.0 MiB",
+        "device  cpu, float32", "64 pages of 16 tokens (1.0 MiB, 1.0 KiB a token)",
+        "prefix caching off", "4 slots of 4.0 KiB, 32 tails", "4 of them at the full 256 tokens",
+        "page    http://127.0.0.1:1/",
+    ):  # fmt: skip
+        assert fact in text
+    plain = msgspec.structs.replace(INFO, conv_bytes_per_sequence=0)
+    text = "\n".join(banner(plain, engine, SETTINGS, "unix:/s"))
+    assert "slots" not in text
+    assert "page    " not in text
+
+
+def test_traces_that_cannot_be_sent_are_told_and_exit_1(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace.export", None)
+    settings = msgspec.structs.replace(
+        SETTINGS, otlp_traces_endpoint="http://127.0.0.1:9/v1/traces"
+    )
+
+    class Client:
+        @staticmethod
+        async def start(_: EngineConfig) -> FakeEngine:
+            return FakeEngine()
+
+    monkeypatch.setattr(serve_module, "ProcessClient", Client)
+    assert run(EngineConfig(model=str(FOLDER)), settings, ListenOptions(port=0)) == 1
+    assert "needs OpenTelemetry: pip install convserve[otel]" in capsys.readouterr().err
 
 
 def start(monkeypatch: pytest.MonkeyPatch, error: Exception, listen: ListenOptions) -> int:

@@ -1,0 +1,155 @@
+# Triton's kernel language is not Python's: constexpr arguments, launch options, static ranges.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportOperatorIssue=false, reportReturnType=false, reportAssignmentType=false
+"""The Triton backend with one way to multiply and one to attend, whatever the number of rows.
+
+A library picks its GEMM by the number of rows, and attention splits a context by the number of
+sequences, and with them the order of additions. Here a row's result comes from the same tiles in
+the same order in every batch, chunk and padding, so its bits do too. It costs speed: no splits, no
+tuned shapes.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import triton_chunk_attention, triton_mlp, triton_moe, tuning
+from .triton_ops import TritonOps
+
+if TYPE_CHECKING:
+    from .batch import FlatBatch
+    from .filters import ConvFilter
+    from .ops import PackedLinear
+
+ROWS, COLUMNS, DEPTH = 64, 32, 128
+"""Tile of the one GEMM: rows of x, outputs, and inputs per step."""
+
+
+class FixedTritonOps(TritonOps):
+    """See the module."""
+
+    name = "triton, deterministic"
+
+    def linear(self, x: Tensor, packed: PackedLinear) -> Tensor:
+        """See `Ops.linear`."""
+        return fixed_linear(x, packed.weight, packed.bias)
+
+    def silu_linear(self, x: Tensor, packed: PackedLinear, batch: FlatBatch) -> Tensor:
+        """See `Ops.silu_linear`. In two launches."""
+        return self.conv_silu_mul(self.linear(x, packed), None, None, None, batch)
+
+    def moe(
+        self,
+        x: Tensor,
+        router_logits: Tensor,
+        gate_up: Tensor,
+        down: Tensor,
+        top_k: int,
+        normalize: bool,
+    ) -> Tensor:
+        """See `Ops.moe`. A row's sums do not depend on the block that it shares with others."""
+        tile = tuning.expert_tile(x.element_size())
+        return triton_moe.moe(x, router_logits, gate_up, down, top_k, normalize, tile)
+
+    def attention(
+        self,
+        q: Tensor,
+        k_pages: Tensor,
+        v_pages: Tensor,
+        batch: FlatBatch,
+        scale: float,
+        window: int | None = None,
+    ) -> Tensor:
+        """See `Ops.attention`. Keys are met in tiles that begin at fixed positions."""
+        q = q if q.is_contiguous() else q.contiguous()
+        out = torch.empty((len(q), q.shape[1] * q.shape[2]), dtype=q.dtype, device=q.device)
+        tile = tuning.chunk_tile(q.element_size(), q.shape[2])
+        triton_chunk_attention.chunk(
+            q, k_pages, v_pages, batch, scale, window, out, above=0, tile=tile
+        )
+        return out
+
+    def conv_add_rms_norm(
+        self,
+        x: Tensor,
+        z: Tensor | None,
+        filters: ConvFilter | None,
+        ring: Tensor | None,
+        residual: Tensor,
+        weight: Tensor,
+        eps: float,
+        batch: FlatBatch,
+    ) -> tuple[Tensor, Tensor]:
+        """See `Ops.conv_add_rms_norm`. In two launches for any run, as long runs need."""
+        if filters is not None:
+            assert ring is not None
+            x = self.conv(x, z, filters, ring, batch)
+        return self.add_rms_norm(x, residual, weight, eps)
+
+    def conv_silu_mul(
+        self,
+        gate_up: Tensor,
+        z: Tensor | None,
+        filters: ConvFilter | None,
+        ring: Tensor | None,
+        batch: FlatBatch,
+    ) -> Tensor:
+        """See `Ops.conv_silu_mul`. In two launches for any run, as long runs need."""
+        if filters is not None:
+            assert ring is not None
+            gate_up = self.conv(gate_up, z, filters, ring, batch)
+        return triton_mlp.silu_mul(gate_up)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _linear_kernel(
+    x,
+    x_stride,
+    weight,
+    bias,
+    out,
+    rows,
+    out_features,
+    K: tl.constexpr,
+    BIAS: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    BK: tl.constexpr,
+):
+    m = tl.program_id(1) * M + tl.arange(0, M)
+    n = tl.program_id(0) * N + tl.arange(0, N)
+    k = tl.arange(0, BK)
+    x_at = x + m.to(tl.int64)[:, None] * x_stride + k[None, :]
+    w_at = weight + n.to(tl.int64)[None, :] * K + k[:, None]
+    total = tl.zeros((M, N), tl.float32)
+    for at in range(0, K, BK):
+        inside = k < K - at
+        left = tl.load(x_at + at, mask=(m < rows)[:, None] & inside[None, :], other=0.0)
+        right = tl.load(w_at + at, mask=(n < out_features)[None, :] & inside[:, None], other=0.0)
+        total = tl.dot(left, right, acc=total, input_precision="ieee")
+    if BIAS:
+        total += tl.load(bias + n, mask=n < out_features, other=0.0).to(tl.float32)[None, :]
+    place = out + m.to(tl.int64)[:, None] * out_features + n[None, :]
+    mask = (m < rows)[:, None] & (n < out_features)[None, :]
+    tl.store(place, total.to(out.dtype.element_ty), mask=mask)
+
+
+def fixed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x [..., in] (last axis contiguous) times weight [out, in] -> [..., out]."""
+    out_features, in_features = weight.shape
+    flat = x.reshape(-1, in_features)
+    out = torch.empty((len(flat), out_features), dtype=x.dtype, device=x.device)
+    if len(flat):
+        depth = DEPTH if x.element_size() == 2 else DEPTH // 2
+        grid = (triton.cdiv(out_features, COLUMNS), triton.cdiv(len(flat), ROWS))
+        _linear_kernel[grid](
+            flat, flat.stride(0), weight, weight if bias is None else bias, out, len(flat),
+            out_features, K=in_features, BIAS=bias is not None, M=ROWS, N=COLUMNS, BK=depth,
+            num_warps=4, num_stages=3,
+        )  # fmt: skip
+    return out.view(*x.shape[:-1], out_features)

@@ -1,0 +1,384 @@
+# Triton's kernel language is not Python's: constexpr arguments, launch options, static ranges.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportOperatorIssue=false, reportReturnType=false, reportAssignmentType=false
+"""Linear recurrences with state in place: the gated delta rule and Mamba-2's SSD.
+
+A step in which no sequence has more than one row reads and writes each head's state once
+(`triton_recurrent_step`). Otherwise every program walks over its sequence's rows 16 at a time
+(`_chunk_kernel`), in the form in which a chunk's corrections come from one triangular system. In
+both, the state of a sequence that starts at position 0 is zero whatever the slot holds, and a
+sequence without rows touches nothing. Gated norms whose group one program of a step holds are fused
+into it; the others take a launch (`_norm_kernel`).
+
+Both recurrences are one kernel: `DELTA` says which. See `reference_recurrent` for the mathematics.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import triton_conv
+from .triton_launch import overlapped, start_next, wait_previous
+from .triton_recurrent_step import INDICES, silu, softplus, step_kernel, vectors
+
+if TYPE_CHECKING:
+    from .batch import FlatBatch
+    from .filters import ConvFilter
+    from .recurrent import DeltaParts, SSDParts
+
+CHUNK = 16
+"""Rows of a chunk: the least that matrix units take, and a power of two for `_inverse`."""
+
+
+@triton.jit
+def _inverse(lower, C: tl.constexpr):
+    """(1 + lower)^-1 of a strictly lower triangular [16, 16].
+
+    lower^16 is zero, so the inverse is (1 - lower)(1 + lower^2)(1 + lower^4)(1 + lower^8). Where
+    keys repeat, the powers are large and cancel; one Newton step takes out what rounding left.
+    """
+    m = tl.arange(0, C)
+    one = tl.where(m[:, None] == m[None, :], 1.0, 0.0)
+    second = tl.dot(lower, lower, input_precision="ieee")
+    fourth = tl.dot(second, second, input_precision="ieee")
+    eighth = tl.dot(fourth, fourth, input_precision="ieee")
+    y = one - lower
+    y += tl.dot(y, second, input_precision="ieee")
+    y += tl.dot(y, fourth, input_precision="ieee")
+    y += tl.dot(y, eighth, input_precision="ieee")
+    rest = one - y - tl.dot(lower, y, input_precision="ieee")
+    return y + tl.dot(y, rest, input_precision="ieee")
+
+
+@triton.jit(do_not_specialize_on_alignment=INDICES)
+def _chunk_kernel(
+    x,
+    x_stride,
+    gate,
+    gate_stride,
+    b,
+    b_stride,
+    a,
+    a_stride,
+    rate,
+    dt_bias,
+    skip,
+    state,
+    out,
+    starts,
+    offsets,
+    slots,
+    Q_AT: tl.constexpr,
+    K_AT: tl.constexpr,
+    V_AT: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEADS: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    DELTA: tl.constexpr,
+    SILU_Q: tl.constexpr,
+    SILU_K: tl.constexpr,
+    SILU_V: tl.constexpr,
+    SCALE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    KP: tl.constexpr,
+    N: tl.constexpr,
+    C: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """All rows of a sequence, one head, N channels of V. Writes o, or SSD's gated y, in float32."""
+    start_next(PDL)
+    j = tl.program_id(0) * N + tl.arange(0, N)
+    head = tl.program_id(1)
+    seq = tl.program_id(2)
+    i = tl.arange(0, KP)
+    m = tl.arange(0, C)
+    head_rate = tl.load(rate + head)
+    head_bias = tl.load(dt_bias + head)
+    wait_previous(PDL)
+    first = tl.load(offsets + seq)
+    rows = tl.load(offsets + seq + 1) - first
+    if rows > 0:
+        has_past = tl.load(starts + seq) > 0
+        slot = tl.load(slots + seq).to(tl.int64)
+        inside = (i < K)[:, None] & (j < V)[None, :]
+        place = state + (slot * HEADS + head) * (K * V) + i[:, None] * V + j[None, :]
+        s = tl.load(place, mask=inside & has_past, other=0.0)
+        key = ((head // GROUP) * K + i)[None, :]
+        if not DELTA:
+            head_skip = tl.load(skip + head)
+        for at in range(0, rows, C):
+            row = (first + at + m).to(tl.int64)
+            keep = at + m < rows
+            line = x + row[:, None] * x_stride
+            keys = keep[:, None] & (i < K)[None, :]
+            q = vectors(line + Q_AT, key, keys, SILU_Q)
+            k = vectors(line + K_AT, key, keys, SILU_K)
+            here = keep[:, None] & (j < V)[None, :]
+            value = vectors(line + V_AT, (head * V + j)[None, :], here, SILU_V)
+            raw = tl.load(a + row * a_stride + head, mask=keep, other=0.0).to(tl.float32)
+            soft = softplus(raw + head_bias)
+            total = tl.cumsum(tl.where(keep, head_rate * soft, 0.0), axis=0)
+            at_or_after = m[:, None] >= m[None, :]
+            gap = tl.where(at_or_after, total[:, None] - total[None, :], 0.0)
+            left = tl.where(at_or_after, tl.exp(gap), 0.0)
+            since = tl.exp(total)[:, None]
+            if DELTA:
+                q *= (tl.rsqrt(tl.sum(q * q, axis=1) + 1e-6) * SCALE)[:, None]
+                k *= tl.rsqrt(tl.sum(k * k, axis=1) + 1e-6)[:, None]
+                raw = tl.load(b + row * b_stride + head, mask=keep, other=0.0).to(tl.float32)
+                beta = tl.where(keep, tl.sigmoid(raw), 0.0)
+                alike = tl.dot(k, tl.trans(k), input_precision=PRECISION)
+                lower = tl.where(m[:, None] > m[None, :], left * alike, 0.0) * beta[:, None]
+                known = since * tl.dot(k, s, input_precision=PRECISION)
+                rest = beta[:, None] * (value - known)
+                u = tl.dot(_inverse(lower, C), rest, input_precision="ieee")
+            else:
+                u = value * soft[:, None]
+            seen = left * tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            o = since * tl.dot(q, s, input_precision=PRECISION)
+            o += tl.dot(seen, u, input_precision=PRECISION)
+            end = tl.sum(tl.where(m == C - 1, total, 0.0), axis=0)
+            later = k * tl.exp(end - total)[:, None]
+            s = s * tl.exp(end) + tl.dot(tl.trans(later), u, input_precision=PRECISION)
+            if not DELTA:
+                there = gate + row[:, None] * gate_stride + (head * V + j)[None, :]
+                gates = silu(tl.load(there, mask=here, other=0.0).to(tl.float32))
+                o = (o + head_skip * value) * gates
+            target = out + (row[:, None] * HEADS + head) * V + j[None, :]
+            tl.store(target, o, mask=here)
+        tl.store(place, s, mask=inside)
+
+
+@triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=INDICES)
+def _norm_kernel(
+    x,
+    gate,
+    gate_stride,
+    norm,
+    out,
+    positions,
+    count,
+    WIDTH: tl.constexpr,
+    GROUPS: tl.constexpr,
+    SHARED: tl.constexpr,
+    GATED: tl.constexpr,
+    EPS: tl.constexpr,
+    N: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """RMSNorm of one group of one row [WIDTH] float32, times silu(gate) if GATED; `SHARED`: all
+    groups have one weight."""
+    start_next(PDL)
+    j = tl.arange(0, N)
+    group = tl.program_id(0)
+    row = tl.program_id(1).to(tl.int64)
+    weight_at = j if SHARED else group * WIDTH + j
+    weight = tl.load(norm + weight_at, mask=j < WIDTH, other=0.0).to(tl.float32)
+    wait_previous(PDL)
+    place = row * (GROUPS * WIDTH) + group * WIDTH + j
+    keep = (j < WIDTH) & (tl.load(positions + row) >= 0)  # nobody wrote x where a row is padding
+    value = tl.load(x + place, mask=keep, other=0.0)
+    y = value * tl.rsqrt(tl.sum(value * value, axis=0) / WIDTH + EPS) * weight
+    if GATED:
+        there = gate + row * gate_stride + group * WIDTH + j
+        y *= silu(tl.load(there, mask=j < WIDTH, other=0.0).to(tl.float32))
+    tl.store(out + place, y.to(out.dtype.element_ty), mask=j < WIDTH)
+
+
+def delta_rule(
+    parts: DeltaParts,
+    qkv: Tensor,
+    z: Tensor | None,
+    filters: ConvFilter | None,
+    ring: Tensor | None,
+    gate: Tensor,
+    b: Tensor,
+    a: Tensor,
+    state: Tensor,
+    batch: FlatBatch,
+) -> Tensor:
+    """See `Ops.delta_rule`. One launch where no sequence has more than one row and filters are not
+    low-rank; the convolution's, the chunks' and the norm's otherwise.
+
+    Padding rows are left unwritten, or hold anything.
+    """
+    p = parts
+    q_width, k_width, _ = p.widths
+    shape = {
+        "Q_AT": 0, "K_AT": q_width, "V_AT": q_width + k_width,
+        "GROUP": p.value_heads // p.key_heads, "HEADS": p.value_heads, "K": p.key_dim,
+        "V": p.value_dim, "DELTA": True, "SILU_Q": p.silu[0], "SILU_K": p.silu[1],
+        "SILU_V": p.silu[2], "SCALE": p.key_dim**-0.5,
+    }  # fmt: skip
+    scalars = (b, a, p.rate, p.dt_bias, p.rate, p.norm)
+    y, is_normed = _recur(shape, qkv, z, filters, ring, gate, scalars, p.eps, state, batch)
+    if is_normed:
+        return y
+    return _normed(y, gate, p.norm, p.eps, p.value_heads, qkv.dtype, batch, is_delta=True)
+
+
+def ssd(
+    parts: SSDParts,
+    xbc: Tensor,
+    z: Tensor | None,
+    filters: ConvFilter | None,
+    ring: Tensor | None,
+    gate: Tensor,
+    dt: Tensor,
+    state: Tensor,
+    batch: FlatBatch,
+) -> Tensor:
+    """See `Ops.ssd`. As `delta_rule`, with a launch for the norm in any case."""
+    p = parts
+    inner, shared, _ = p.widths
+    shape = {
+        "Q_AT": inner + shared, "K_AT": inner, "V_AT": 0, "GROUP": p.heads // p.groups,
+        "HEADS": p.heads, "K": p.state_dim, "V": p.head_dim, "DELTA": False, "SILU_Q": False,
+        "SILU_K": False, "SILU_V": False, "SCALE": 1.0,
+    }  # fmt: skip
+    scalars = (dt, dt, p.rate, p.dt_bias, p.skip, p.norm)
+    y, _ = _recur(shape, xbc, z, filters, ring, gate, scalars, p.eps, state, batch)
+    return _normed(y, gate, p.norm, p.eps, p.groups, xbc.dtype, batch, is_delta=False)
+
+
+def _recur(
+    shape: dict[str, Any],
+    x: Tensor,
+    z: Tensor | None,
+    filters: ConvFilter | None,
+    ring: Tensor | None,
+    gate: Tensor,
+    scalars: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor],
+    eps: float,
+    state: Tensor,
+    batch: FlatBatch,
+) -> tuple[Tensor, bool]:
+    """The convolution and the recurrence.
+
+    Args:
+        scalars: b, a, rate, dt_bias, skip, norm.
+
+    Returns:
+        The delta rule's output in x's dtype and True, where one program held all of V and normed
+        it; otherwise o, or SSD's gated y, in float32, and False.
+    """
+    _, heads, key_dim, value_dim = state.shape
+    b, a, rate, dt_bias, skip, norm = scalars
+    padded = max(16, triton.next_power_of_2(key_dim))
+    count, seqs, width = len(x), len(batch.starts), heads * value_dim
+    is_step = batch.max_rows == 1
+    conv, streams = None, ((-1, 0),) * 3
+    if filters is not None:
+        assert ring is not None
+        if is_step:
+            conv, streams = _fused_conv(shape, filters, batch)
+        if conv is None:
+            x = triton_conv.conv(x, z, filters, ring, batch)
+    addresses = (gate, gate.stride(0), b, b.stride(0), a, a.stride(0), rate, dt_bias, skip)
+    rows = (batch.starts, batch.offsets, batch.slots)
+    if is_step:
+        block, blocks, warps = step_tile(key_dim, value_dim, heads * seqs)
+        parts = triton.cdiv(value_dim, block * blocks)
+        is_fused = bool(shape["DELTA"]) and parts == 1
+        dtype = x.dtype if is_fused else torch.float32
+        out = torch.empty((count, width), dtype=dtype, device=x.device)
+        windows = (x, 0, rate, rate, x, 0)
+        if conv is not None:
+            assert filters is not None
+            assert ring is not None
+            windows = (
+                x if z is None else z, 0 if z is None else z.stride(0), filters.static,
+                filters.static if filters.bias is None else filters.bias, ring,
+                triton_conv.ring_row_stride(ring),
+            )  # fmt: skip
+        step_kernel[(heads, seqs, parts)](
+            x, x.stride(0), *windows, batch.ring_rows, *addresses, norm, state, out, *rows,
+            **shape, EPS=eps, KP=padded, N=block, BLOCKS=blocks, FUSED=is_fused, CONV=conv,
+            STREAMS=streams, num_warps=warps, **overlapped(x),
+        )  # fmt: skip
+        return out, is_fused
+    out = torch.empty((count, width), dtype=torch.float32, device=x.device)
+    block, warps = chunk_tile(value_dim)
+    _chunk_kernel[(triton.cdiv(value_dim, block), heads, seqs)](
+        x, x.stride(0), *addresses, state, out, *rows, **shape, KP=padded, N=block, C=CHUNK,
+        PRECISION="ieee" if x.dtype == torch.float32 else "tf32", num_warps=warps,
+        num_stages=1, **overlapped(x),
+    )  # fmt: skip
+    return out, False
+
+
+def _fused_conv(
+    shape: dict[str, Any], filters: ConvFilter, batch: FlatBatch
+) -> tuple[tuple[Any, ...] | None, tuple[tuple[int, int], ...]]:
+    """CONV and STREAMS of `step_kernel`; None if the step cannot apply these filters."""
+    if filters.kind == "lowrank" or filters.activation != "silu" or filters.scale != 1.0:
+        return None, ((-1, 0),) * 3
+    conv = (
+        filters.kind, filters.width, filters.channels, batch.ring_len, max(filters.head_size, 1),
+        filters.bias is not None,
+    )  # fmt: skip
+    group, key, value = shape["GROUP"], shape["K"], shape["V"]
+    starts = (shape["Q_AT"], shape["K_AT"], shape["V_AT"])
+    widths = (shape["HEADS"] // group * key,) * 2 + (shape["HEADS"] * value,)
+    found: list[tuple[int, int]] = []
+    for start, width in zip(starts, widths, strict=True):
+        covered = 0
+        place = (-1, 0)
+        for s in filters.streams:
+            if s.start <= start and start + width <= s.stop:
+                inside = start - s.start
+                code = s.z_start + inside // max(filters.head_size, 1) * filters.width
+                place = (covered + inside, code)
+                if filters.head_size and inside % filters.head_size:
+                    return None, ((-1, 0),) * 3
+            covered += s.stop - s.start
+        found.append(place)
+    if sum(w for w, place in zip(widths, found, strict=True) if place[0] >= 0) != filters.channels:
+        return None, ((-1, 0),) * 3
+    return conv, tuple(found)
+
+
+def _normed(
+    x: Tensor,
+    gate: Tensor,
+    norm: Tensor,
+    eps: float,
+    groups: int,
+    dtype: torch.dtype,
+    batch: FlatBatch,
+    *,
+    is_delta: bool,
+) -> Tensor:
+    """RMSNorm of each group of x [T, D] float32; gated after it for the delta rule."""
+    count, width = len(x), x.shape[1] // groups
+    out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    block = triton.next_power_of_2(width)
+    _norm_kernel[(groups, count)](
+        x, gate, gate.stride(0), norm, out, batch.positions, count, WIDTH=width, GROUPS=groups,
+        SHARED=is_delta, GATED=is_delta, EPS=eps, N=block, num_warps=max(1, min(8, block // 256)),
+        **overlapped(x),
+    )  # fmt: skip
+    return out
+
+
+def step_tile(key_dim: int, value_dim: int, programs: int) -> tuple[int, int, int]:
+    """(channels of V in a block, blocks of a program, warps); `programs`: heads x sequences.
+
+    Measured on an H100 with 12 heads of 96 x 256, batch 1, 8 and 64: narrow programs win, also over
+    the launch that they leave the norm to (64 us at batch 64, where four blocks take 114).
+    """
+    widest = triton.next_power_of_2(value_dim)
+    block = min(widest, 32 if programs < 64 else 128 if widest <= 128 else 64)
+    padded = max(16, triton.next_power_of_2(key_dim))
+    return block, 1, max(1, min(4, padded * block // 2048))
+
+
+def chunk_tile(value_dim: int) -> tuple[int, int]:
+    """(channels of V of a program, warps)."""
+    return max(16, min(32, triton.next_power_of_2(value_dim))), 4

@@ -1,0 +1,111 @@
+"""Token ids in and out: a wrong id here is a wrong word for the client, with no other symptom."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from convserve.kernels import Ops
+from convserve.kernels.triton_ops import TritonOps
+from triton_cases import DEVICE, normal
+
+REFERENCE, TRITON = Ops(), TritonOps()
+INF, NAN = float("inf"), float("nan")
+
+
+@pytest.mark.parametrize("vocab", [1, 50, 8192, 20_011])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_greedy_takes_the_first_of_the_best(vocab: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(1)
+    # Rounded to few values, so that every row has equals, in its own part and in others.
+    logits = (normal(5, vocab + 3) * 4).round().clamp(-4, 4).to(dtype)[:, :vocab]
+    truth = (logits.cpu() == logits.cpu().amax(1, keepdim=True)).int().argmax(1)
+    for ops in (REFERENCE, TRITON):
+        ids = ops.argmax(logits)
+        assert ids.dtype == torch.int64
+        assert ids.tolist() == truth.tolist()
+
+
+def test_rows_without_a_finite_best_are_marked() -> None:
+    logits = normal(7, 9000)
+    logits[0, 8500] = NAN
+    logits[1] = -INF
+    logits[2, 3] = INF
+    logits[3, :-1] = -INF  # one token allowed
+    logits[4] = NAN
+    logits[5, :8990] = -INF
+    for ops in (REFERENCE, TRITON):
+        ids = ops.argmax(logits).tolist()
+        assert ids[:5] == [-1, -1, -1, 8999, -1]
+        assert ids[5:] == [int(row.argmax()) for row in logits[5:]]
+
+
+@pytest.mark.parametrize("width", [1, 48, 2048, 2050])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_embed_gathers_rows(width: int, dtype: torch.dtype) -> None:
+    table = normal(7, width, dtype=dtype)
+    ids = torch.tensor([3, 0, 6, 3], device=DEVICE)
+    assert torch.equal(TRITON.embed(ids, table), table[ids])
+    assert torch.equal(TRITON.embed(ids, TRITON.pack_linear(table, None)), table[ids])
+
+
+def test_embed_of_a_row_that_belongs_to_nobody_reads_nothing() -> None:
+    """A broken row's id is -1 and feeds the next step of a graph before the host sees it."""
+    table = normal(7, 40)
+    out = TRITON.embed(torch.tensor([-1, 2, 7], device=DEVICE), table)
+    assert torch.equal(out[1], table[2])
+    assert not out[[0, 2]].any()
+
+
+FILTERS = [
+    (0, 1.0, 0.0), (7, 1.0, 0.0), (0, 0.6, 0.0), (0, 1.0, 0.2), (30, 0.8, 0.01), (10**6, 0.05, 0.5),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("vocab", "filters"),
+    [*((v, f) for v in (40, 300) for f in FILTERS[:: 1 if v == 300 else 2]), (5000, FILTERS[4])],
+)
+def test_draws_are_the_references(vocab: int, filters: tuple[int, float, float]) -> None:
+    torch.manual_seed(3)
+    top_k, top_p, min_p = filters
+    logits = normal(4, vocab) * 3
+    logits[0], logits[1, :5] = 1.5, 9.0  # every token equal; five best ones
+    logits[2] = -INF
+    logits[2, 3] = 0.0
+    rows = torch.ones(4, device=DEVICE)
+    settings = (
+        torch.tensor([0.3, 1.0, 2.0, 1.0], device=DEVICE), (rows * top_k).int(), rows * top_p,
+        rows * min_p, torch.rand(4, dtype=torch.float64).to(DEVICE),
+    )  # fmt: skip
+    got = TRITON.sample(logits, *settings)
+    truth = REFERENCE.sample(logits, *settings)
+    assert got.dtype == torch.int64
+    assert got.tolist() == truth.tolist()
+
+
+def test_every_row_has_its_own_settings_and_faults() -> None:
+    torch.manual_seed(4)
+    logits = normal(6, 200, dtype=torch.bfloat16)
+    logits[1, 7], logits[4] = NAN, -INF
+    settings = (
+        torch.tensor([0.0, 1.0, 0.5, 1.5, 1.0, 1e-9], device=DEVICE),
+        torch.tensor([3, 0, 1, 20, 0, 0], dtype=torch.int32, device=DEVICE),
+        torch.tensor([0.5, 1.0, 1.0, 0.9, 1.0, 1.0], device=DEVICE),
+        torch.tensor([0.0, 0.0, 0.0, 0.1, 0.0, 0.0], device=DEVICE),
+        torch.tensor([0.9, 0.5, 0.99, 0.3, 0.1, 0.7], dtype=torch.float64, device=DEVICE),
+    )
+    got = TRITON.sample(logits, *settings).tolist()
+    assert got == REFERENCE.sample(logits, *settings).tolist()
+    assert got[1] == got[4] == -1
+    best = logits.float().argmax(1).tolist()
+    assert [got[i] for i in (0, 2, 5)] == [best[i] for i in (0, 2, 5)]
+
+
+def test_draws_follow_the_distribution() -> None:
+    logits = torch.tensor([[0.0, 1.0, 2.0, -1.0]], device=DEVICE).expand(16, 4)
+    u = (torch.arange(16, dtype=torch.float64) / 16).to(DEVICE)
+    ones = torch.ones(16, device=DEVICE)
+    ids = TRITON.sample(logits, ones, ones.int() * 0, ones, ones * 0, u).cpu()
+    share = torch.softmax(logits[0].cpu(), 0)
+    assert (ids.bincount(minlength=4) / 16 - share).abs().max() < 1 / 16
+    assert (ids.diff() >= 0).all()

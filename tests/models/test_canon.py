@@ -1,0 +1,167 @@
+"""LlamaCanon checkpoints mean what their model code says: convolutions of the normed inputs, of q,
+k, v after their full-width norm, and of gate and up; RoPE on neighbouring channels of a part of
+each head. Compared with a loop that knows no state, whole, in chunks and after a replay."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from convserve.cache.pools import SequenceId
+from convserve.engine.models import ModelError, load_model
+from convserve.engine.models.config import parse_config
+from model_bench import TOKENS, Bench, sequence
+from safetensors.torch import save_file
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import Tensor
+
+CPU = torch.device("cpu")
+EPS, HEADS, KV, DIM, HIDDEN, INNER, LAYERS, WIDTH = 1e-5, 4, 2, 8, 24, 20, 2, 4
+BASE: dict[str, Any] = {
+    "model_type": "LlamaCanon",
+    "vocab_size": 64,
+    "hidden_size": HIDDEN,
+    "intermediate_size": INNER,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": KV,
+    "head_dim": DIM,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": EPS,
+    "rope_theta": 10000.0,
+    "canon_set": "ABCD",
+    "canon_kernel": WIDTH,
+    "canon_residual": True,
+    "canon_activation": False,
+    "canon_bias": False,
+    "qk_norm": True,
+    "rope_dim": 4,
+    "rope_version": "lingua",
+    "tie_word_embeddings": False,
+}
+QKV = (HEADS + 2 * KV) * DIM
+CASES: dict[str, dict[str, Any]] = {
+    "all, lingua": {},
+    "all, whole heads": {"rope_version": "huggingface", "rope_dim": None, "qk_norm": False},
+    "no residual": {"canon_residual": False, "canon_set": "BD"},
+    "before the blocks alone": {"canon_set": "AC", "rope_dim": None},
+    "none": {"canon_set": ""},
+}
+
+
+def write(folder: Path, config: dict[str, Any]) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    weights: dict[str, Tensor] = {}
+
+    def rand(name: str, *shape: int, scale: float | None = None) -> None:
+        size = shape[-1] ** -0.5 if scale is None else scale
+        weights[f"{name}.weight"] = torch.randn(*shape, generator=generator) * size
+
+    rand("model.embed_tokens", 64, HIDDEN, scale=1.0)
+    rand("lm_head", 64, HIDDEN)
+    rand("model.norm", HIDDEN, scale=1.0)
+    canon = {"A": ("canonA", HIDDEN), "B": ("self_attn.canonB", QKV)}
+    canon |= {"C": ("canonC", HIDDEN), "D": ("mlp.canonD", 2 * INNER)}
+    for i in range(LAYERS):
+        layer = f"model.layers.{i}"
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            rand(f"{layer}.{norm}", HIDDEN, scale=1.0)
+        for name, heads in (("q", HEADS), ("k", KV), ("v", KV)):
+            rand(f"{layer}.self_attn.{name}_proj", heads * DIM, HIDDEN)
+            if config["qk_norm"] and name != "v":
+                rand(f"{layer}.self_attn.{name}_norm", heads * DIM, scale=1.0)
+        rand(f"{layer}.self_attn.o_proj", HIDDEN, HEADS * DIM)
+        for name in ("gate", "up"):
+            rand(f"{layer}.mlp.{name}_proj", INNER, HIDDEN)
+        rand(f"{layer}.mlp.down_proj", HIDDEN, INNER)
+        for letter in config["canon_set"]:
+            name, width = canon[letter]
+            rand(f"{layer}.{name}", width, 1, WIDTH, scale=0.5)
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(weights, folder / "model.safetensors")
+    return weights
+
+
+def naive(config: dict[str, Any], stored: dict[str, Tensor], tokens: list[int]) -> Tensor:
+    """Logits of a whole sequence, in float64."""
+    w = {name.removesuffix(".weight"): tensor.double() for name, tensor in stored.items()}
+
+    def canon(name: str, x: Tensor) -> Tensor:
+        if name not in w:
+            return x
+        padded = F.pad(x.T, (WIDTH - 1, 0))
+        y = F.conv1d(padded[None], w[name], groups=x.shape[1])[0].T
+        return x + y if config["canon_residual"] else y
+
+    def rms(x: Tensor, name: str) -> Tensor:
+        return x / (x.square().mean(-1, keepdim=True) + EPS).sqrt() * w[name]
+
+    def turn(x: Tensor) -> Tensor:
+        width = config["rope_dim"] or DIM
+        inverse = 10000.0 ** -(torch.arange(0, width, 2).double() / width)
+        angle = torch.outer(torch.arange(len(tokens)).double(), inverse)[:, None]
+        lingua = config["rope_version"] == "lingua"
+        even, odd = torch.arange(width // 2), torch.arange(width // 2)
+        even, odd = (2 * even, 2 * odd + 1) if lingua else (even, odd + width // 2)
+        y = x.clone()
+        y[..., even] = x[..., even] * angle.cos() - x[..., odd] * angle.sin()
+        y[..., odd] = x[..., odd] * angle.cos() + x[..., even] * angle.sin()
+        return y
+
+    x = w["model.embed_tokens"][tokens]
+    for i in range(LAYERS):
+        layer = f"model.layers.{i}"
+        attn, mlp = f"{layer}.self_attn", f"{layer}.mlp"
+        g = canon(f"{layer}.canonA", rms(x, f"{layer}.input_layernorm"))
+        q, k, v = (g @ w[f"{attn}.{p}_proj"].T for p in "qkv")
+        if config["qk_norm"]:
+            q, k = rms(q, f"{attn}.q_norm"), rms(k, f"{attn}.k_norm")
+        qkv = canon(f"{attn}.canonB", torch.cat((q, k, v), 1)).unflatten(1, (-1, DIM))
+        q, k, v = qkv.split((HEADS, KV, KV), 1)
+        k, v = (y.repeat_interleave(HEADS // KV, 1).transpose(0, 1) for y in (turn(k), v))
+        scores = turn(q).transpose(0, 1) @ k.transpose(1, 2) * DIM**-0.5
+        future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+        out = (scores.masked_fill(future, -torch.inf).softmax(-1) @ v).transpose(0, 1).flatten(1)
+        x = x + out @ w[f"{attn}.o_proj"].T
+        g = canon(f"{layer}.canonC", rms(x, f"{layer}.post_attention_layernorm"))
+        both = torch.cat((g @ w[f"{mlp}.gate_proj"].T, g @ w[f"{mlp}.up_proj"].T), 1)
+        gate, up = canon(f"{mlp}.canonD", both).chunk(2, 1)
+        x = x + (F.silu(gate) * up) @ w[f"{mlp}.down_proj"].T
+    return rms(x, "model.norm") @ w["lm_head"].T
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_canon_means_what_its_code_says(case: str, tmp_path: Path) -> None:
+    config = {**BASE, **CASES[case]}
+    expected = naive(config, write(tmp_path / "m", config), TOKENS)
+    model = load_model(tmp_path / "m", torch.float64, CPU, backend="reference")
+    assert (
+        model.state_spec.replay_length
+        == LAYERS * 3 * ({"all": 4, "no ": 2, "bef": 2, "non": 0}[case[:3]])
+    )
+    for chunk in (len(TOKENS), 3, 1):
+        bench = Bench(model, num_tails=0)
+        assert bench.cache.admit(SequenceId(1), TOKENS)
+        got = bench.run(sequence(1), chunk)
+        torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+    admission = bench.cache.admit(SequenceId(2), TOKENS)
+    assert admission is not None
+    assert admission.start > 0
+    got = bench.run(sequence(2, admission.start), 7, last=2)
+    torch.testing.assert_close(got, expected[-2:], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("canon_activation", True), ("canon_bias", True), ("canon_set", "ABE"), ("rope_version", "x")],
+)
+def test_options_that_are_not_served_are_named(key: str, value: Any) -> None:
+    with pytest.raises(ModelError, match=key):
+        parse_config({**BASE, key: value})
