@@ -20,10 +20,14 @@ from typer.core import TyperGroup
 
 from . import options as opt
 from .compare import compare_results, compare_servers
+from .early import check_stop
+from .files import write_files
 from .html import write_html
+from .junit import write_junit
 from .limits import parse_gates, parse_limits
+from .parquet import check_parquet
 from .plan import Plan
-from .result import read_result, write_csv, write_json, write_jsonl
+from .result import read_result, write_json
 from .run import RunError, Settings, probe, run
 from .scenario import read_scenario, shipped_scenarios
 from .sweep import SweepOptions, read_sweep, sweep
@@ -124,19 +128,12 @@ def _run_once(
 
 
 def _check_judgement(scenario: Scenario) -> None:
+    check_stop(scenario)
     parse_limits(scenario.goodput)
     if parse_gates(scenario.slo) and not scenario.goodput:
         for gate in parse_gates(scenario.slo):
             if gate.figure.startswith("goodput"):
                 raise ValueError(f"slo: {gate.text!r} needs --goodput limits")
-
-
-def _write(result: Result, records: list[RequestRecord], prefix: Path) -> None:
-    prefix.parent.mkdir(parents=True, exist_ok=True)
-    write_json(result, prefix.with_name(f"{prefix.name}.json"))
-    write_jsonl(records, prefix.with_name(f"{prefix.name}.jsonl"))
-    write_csv(result, prefix.with_name(f"{prefix.name}.csv"))
-    write_html(result, prefix.with_name(f"{prefix.name}.html"))
 
 
 @app.command("run")
@@ -177,7 +174,11 @@ def run_command(
     scrape: opt.Scrape = True,
     slo: opt.Slo = None,
     goodput: opt.Goodput = None,
+    stop_width: opt.StopWidth = None,
+    stop_on_slo: opt.StopOnSlo = None,
     out: opt.Out = None,
+    parquet: opt.Parquet = False,
+    junit: opt.Junit = None,
     quiet: opt.Quiet = False,
 ) -> None:
     """One load, one report."""
@@ -217,10 +218,13 @@ def run_command(
                 "timeout": timeout,
                 "retries": retries,
             },
+            stop={"width": stop_width, "slo": stop_on_slo},
             top={"seed": seed, "slo": slo or None, "goodput": goodput or None},
             canary_every=canary_every,
         )
         _check_judgement(made)
+        if parquet:
+            check_parquet()
         settings = Settings(
             url=target,
             model=model,
@@ -231,9 +235,11 @@ def run_command(
         )
         result, records = _run_once(made, settings, console, quiet or not console.is_terminal)
         print_result(result, console)
+        if junit:
+            write_junit(result, junit)
         if out:
-            _write(result, records, Path(out))
-            console.print(f"written: {out}.json, .jsonl, .csv, .html")
+            rows = write_files(result, records, Path(out), parquet)
+            console.print(f"written: {out}.json, {rows}, .csv, .html")
     raise typer.Exit(result.exit_code)
 
 

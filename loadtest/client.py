@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from .http import ConnectError, ConnectionLostError, Pool, ProtocolError
-from .records import RequestRecord, pack_counts, pack_offsets
+from .records import HARMLESS, RequestRecord, pack_counts, pack_offsets
 from .stream import EnoughTokens, MalformedError, StreamSink, TokenCounter
 
 if TYPE_CHECKING:
@@ -83,32 +83,34 @@ class Client:
         body[limit] = outgoing.max_tokens
         return msgspec.json.encode(body)
 
+    def encode(self, outgoing: Outgoing) -> bytes:
+        """The bytes of a request; what can be made before its time should be."""
+        return self.pool.encode("POST", ENDPOINTS[outgoing.endpoint], self._body(outgoing))
+
     async def send(
-        self, outgoing: Outgoing, intended: float, dispatched: float
-    ) -> tuple[RequestRecord, StreamSink | None]:
+        self, outgoing: Outgoing, intended: float, dispatched: float, request: bytes | None = None
+    ) -> Answer:
         """Sends and reads to the end, whatever the end is.
 
         Args:
             intended: when it should have been sent, on the run's clock.
             dispatched: when the client turned to it.
-
-        Returns:
-            (record, the last attempt's answer; None if nothing was ever sent).
+            request: what `encode` made of it, if it did.
         """
-        request = self.pool.encode("POST", ENDPOINTS[outgoing.endpoint], self._body(outgoing))
-        attempt = _Attempt(outgoing)
+        answer = Answer(outgoing, intended, dispatched, self.origin)
         try:
             async with asyncio.timeout(self.options.timeout):
-                await self._attempts(attempt, request)
+                await self._attempts(answer, request or self.encode(outgoing))
         except TimeoutError:
-            attempt.outcome = "timeout"
-            attempt.message = f"not finished within {self.options.timeout:g} s"
+            answer.outcome = "timeout"
+            answer.message = f"not finished within {self.options.timeout:g} s"
         except asyncio.CancelledError:
-            attempt.outcome = "unfinished"
-            attempt.message = "the run ended first"
-        return self._record(attempt, intended, dispatched), attempt.sink
+            answer.outcome = "unfinished"
+            answer.message = "the run ended first"
+        answer.close(self.now())
+        return answer
 
-    async def _attempts(self, attempt: _Attempt, request: bytes) -> None:
+    async def _attempts(self, attempt: Answer, request: bytes) -> None:
         for number in range(self.options.retries + 1):
             attempt.number = number + 1
             await self._attempt(attempt, request)
@@ -118,13 +120,13 @@ class Client:
                 return
             await asyncio.sleep(self._pause(attempt, number))
 
-    def _pause(self, attempt: _Attempt, number: int) -> float:
+    def _pause(self, attempt: Answer, number: int) -> float:
         asked = attempt.sink.headers.get("retry-after", "") if attempt.sink else ""
         if self.options.honour_retry_after and asked.replace(".", "", 1).isdigit():
             return float(asked)
         return min(0.1 * 2**number, 5.0)
 
-    async def _attempt(self, attempt: _Attempt, request: bytes) -> None:
+    async def _attempt(self, attempt: Answer, request: bytes) -> None:
         out = attempt.outgoing
         # a slow reader shrinks its socket's buffers, so it shares no connection
         fresh = out.read_rate is not None
@@ -156,22 +158,70 @@ class Client:
         except (MalformedError, ProtocolError) as error:
             attempt.outcome, attempt.message = "malformed", str(error)
 
-    def _record(self, attempt: _Attempt, intended: float, dispatched: float) -> RequestRecord:
-        out, sink, origin = attempt.outgoing, attempt.sink, self.origin
+
+class Answer:
+    """What became of a request. Making its record is left for later: a user who waits for this
+    answer to ask again must not wait for the book-keeping too."""
+
+    def __init__(
+        self, outgoing: Outgoing, intended: float, dispatched: float, origin: float
+    ) -> None:
+        self.outgoing = outgoing
+        self.number = 1
+        """Attempts."""
+        self.outcome: Outcome = "ok"
+        self.message: str | None = None
+        self.sent: float | None = None
+        self.reused = False
+        self.sink: StreamSink | None = None
+        """Of the last attempt; None if nothing was ever sent."""
+        self.end = intended
+        """On the run's clock."""
+        self._intended = intended
+        self._dispatched = dispatched
+        self._origin = origin
+
+    @property
+    def status(self) -> int | None:
+        return self.sink.status or None if self.sink is not None else None
+
+    @property
+    def failed(self) -> bool:
+        return self.outcome not in HARMLESS
+
+    def judge(self) -> None:
+        """Names the outcome of an answer whose HTTP message is complete."""
+        sink = self.sink
+        assert sink is not None
+        self.outcome, self.message = _judge(sink, self.outgoing.max_tokens)
+
+    def close(self, now: float) -> None:
+        """Nothing more will come; the end is that of the last bytes, if they tell."""
+        sink, self.end = self.sink, now
+        if sink is None:
+            return
+        if self.outcome == "ok" and sink.done is not None:
+            self.end = sink.done - self._origin
+        elif self.outcome != "timeout" and sink.last_stamp is not None:
+            self.end = sink.last_stamp - self._origin
+
+    def record(self) -> RequestRecord:
+        """All that is remembered of it."""
+        out, sink, origin = self.outgoing, self.sink, self._origin
         record = RequestRecord(
             index=out.index,
             turn=out.turn,
             traffic=out.traffic,
             kind="load" if out.expected is None else "canary",
-            intended=intended,
-            dispatched=dispatched,
-            sent=attempt.sent - origin if attempt.sent is not None else None,
-            end=self.now(),
-            outcome=attempt.outcome,
-            message=attempt.message[:200] if attempt.message else None,
-            status=attempt.status,
-            attempts=attempt.number,
-            reused=attempt.reused,
+            intended=self._intended,
+            dispatched=self._dispatched,
+            sent=self.sent - origin if self.sent is not None else None,
+            end=self.end,
+            outcome=self.outcome,
+            message=self.message[:200] if self.message else None,
+            status=self.status,
+            attempts=self.number,
+            reused=self.reused,
             slow_reader=out.read_rate is not None,
             max_tokens=out.max_tokens,
         )
@@ -182,13 +232,9 @@ class Client:
             record.first_byte = sink.first_byte - origin
         if stamps:
             record.first_token, record.last_token = stamps[0], stamps[-1]
-        if record.outcome == "ok" and sink.done is not None:
-            record.end = sink.done - origin
-        elif record.outcome != "timeout" and sink.last_stamp is not None:
-            record.end = sink.last_stamp - origin
         record.finish_reason = sink.finish_reason
         record.output_tokens, record.basis = sink.output_tokens, sink.basis
-        record.chunk_us = pack_offsets([stamp - intended for stamp in stamps])
+        record.chunk_us = pack_offsets([stamp - self._intended for stamp in stamps])
         record.chunk_tokens = pack_counts(sink.chunk_counts)
         record.early_stop = (
             record.completed
@@ -208,29 +254,6 @@ class Client:
         if out.expected is not None and record.completed:
             record.canary_match = "".join(sink.text) == out.expected
         return record
-
-
-class _Attempt:
-    """The state of a request over its attempts."""
-
-    def __init__(self, outgoing: Outgoing) -> None:
-        self.outgoing = outgoing
-        self.number = 1
-        self.outcome: Outcome = "ok"
-        self.message: str | None = None
-        self.sent: float | None = None
-        self.reused = False
-        self.sink: StreamSink | None = None
-
-    @property
-    def status(self) -> int | None:
-        return self.sink.status or None if self.sink is not None else None
-
-    def judge(self) -> None:
-        """Names the outcome of an answer whose HTTP message is complete."""
-        sink = self.sink
-        assert sink is not None
-        self.outcome, self.message = _judge(sink, self.outgoing.max_tokens)
 
 
 def _judge(sink: StreamSink, max_tokens: int) -> tuple[Outcome, str | None]:

@@ -201,13 +201,11 @@ def _rows(
     noises = _noise(a, quantiles)
     rows = []
     for k, name in enumerate(names):
-        if not (
-            left[k] > 0
-            and right[k] > 0
-            and (left_drawn[k] > 0).all()
-            and (right_drawn[k] > 0).all()
-        ):
+        if not (left[k] > 0 and right[k] > 0):
             continue
+        # in a short run a resample may hold nothing at all: as good as a thousandth
+        left_drawn[k] = np.maximum(left_drawn[k], left[k] / 1e3)
+        right_drawn[k] = np.maximum(right_drawn[k], right[k] / 1e3)
         centre = math.log(right[k] / left[k])
         low, high = np.quantile(np.log(right_drawn[k] / left_drawn[k]), [0.025, 0.975])
         if min(len(a), len(b)) >= 3:

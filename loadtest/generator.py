@@ -11,20 +11,21 @@ import asyncio
 import math
 from collections import deque
 from time import perf_counter, process_time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from .arrivals import level_at
-from .records import AuditSample, RequestRecord
+from .records import AuditSample
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
 
     from .arrivals import Stage
-    from .client import Client, Outgoing
-    from .plan import Plan, Session
-    from .stream import StreamSink
+    from .client import Answer, Client, Outgoing
+    from .plan import Conversation, Plan, Session
+    from .records import RequestRecord
 
-_PREFETCH = 512
+_PREFETCH, _PREFETCH_BYTES = 512, 1 << 23
+"""Sessions, and bytes of their first requests, that are made ahead of time."""
 _SPIN = 1.2e-3
 """Event-loop timers are good to a millisecond; the rest of a wait is spent asking the clock."""
 _LAG_PERIOD = 0.02
@@ -32,6 +33,15 @@ _REFILL_PERIOD = 0.001
 _STAGGER = 0.0005
 """Seconds between the first sends of a closed loop's users: nobody's users start in one instant,
 and a client that had to serve them so would be late for most."""
+
+
+class _Prepared(NamedTuple):
+    """A session whose first request is ready to be written."""
+
+    session: Session
+    conversation: Conversation
+    outgoing: Outgoing
+    request: bytes
 
 
 class Generator:
@@ -60,40 +70,53 @@ class Generator:
         self._worker, self._workers = share
         self._canary = canary
         self._tasks: set[asyncio.Task[None]] = set()
-        self._stopping = False
+        self._stopping = self._finishing = False
         self._audit = AuditSample()
         limit = self._load.max_in_flight
         mine = None if limit is None else max(_part(limit, self._worker, self._workers), 1)
         self._slots = asyncio.Semaphore(mine) if mine is not None else None
-        self._ready: deque[Session] = deque()
+        self._ready: deque[_Prepared] = deque()
+        self._ready_bytes = 0
         self._next = self._worker
 
     # sessions in order
 
     def prepare(self) -> None:
         """Makes the first sessions ahead of time."""
-        while len(self._ready) < _PREFETCH and self._make_one():
+        while not self._is_ahead() and self._make_one():
             pass
+
+    def _is_ahead(self) -> bool:
+        return len(self._ready) >= _PREFETCH or self._ready_bytes >= _PREFETCH_BYTES
 
     def _make_one(self) -> bool:
         if self._plan.count is not None and self._next >= self._plan.count:
             return False
-        self._ready.append(self._plan.session(self._next))
+        made = self._prepared(self._plan.session(self._next))
+        self._ready.append(made)
+        self._ready_bytes += len(made.request)
         self._next += self._workers
         return True
+
+    def _prepared(self, session: Session) -> _Prepared:
+        conversation = self._plan.conversation(session)
+        outgoing = conversation.outgoing(0)
+        return _Prepared(session, conversation, outgoing, self._client.encode(outgoing))
 
     async def _refill(self) -> None:
         """Makes sessions one at a time between sends: users who all become free at once must not
         wait for each other's next prompt."""
         while True:
-            if len(self._ready) < _PREFETCH:
+            if not self._is_ahead():
                 self._make_one()
             await asyncio.sleep(_REFILL_PERIOD)
 
-    def _take(self) -> Session | None:
+    def _take(self) -> _Prepared | None:
         if not self._ready and not self._make_one():
             return None
-        return self._ready.popleft()
+        taken = self._ready.popleft()
+        self._ready_bytes -= len(taken.request)
+        return taken
 
     # time
 
@@ -135,7 +158,7 @@ class Generator:
 
             async def user() -> None:
                 while todo and not self._stopping:
-                    session = self._plan.session(todo.popleft(), warmup=True)
+                    session = self._prepared(self._plan.session(todo.popleft(), warmup=True))
                     await self._run_session(session, self._client.now())
 
             await asyncio.gather(*(user() for _ in range(users)))
@@ -144,10 +167,11 @@ class Generator:
                 if self._stopping:
                     break
                 due = _offset(self._plan, index)
-                session = self._plan.session(index, warmup=True)
+                session = self._prepared(self._plan.session(index, warmup=True))
                 await self._sleep_until(due)
                 self._spawn(self._run_session(session, due))
             await self._join()
+        await asyncio.sleep(0)  # the last records
         self.records.clear()
         self.abandoned_turns = 0
 
@@ -168,6 +192,7 @@ class Generator:
             else:
                 await self._open_loop()
             await self._join()
+            await asyncio.sleep(0)  # the last records
         finally:
             for helper in helpers:
                 helper.cancel()
@@ -183,13 +208,23 @@ class Generator:
         for task in self._tasks:
             task.cancel()
 
+    def finish(self) -> None:
+        """Sends nothing more and awaits what is in flight; later turns are not sent."""
+        self._finishing = True
+
+    @property
+    def _ending(self) -> bool:
+        return self._stopping or self._finishing
+
     async def _open_loop(self) -> None:
         offsets = self._plan.offsets
         assert offsets is not None
-        while not self._stopping and (session := self._take()) is not None:
-            due = float(offsets[session.index])
+        while (taken := self._take()) is not None:
+            due = float(offsets[taken.session.index])
             await self._sleep_until(due)
-            self._spawn(self._run_session(session, due))
+            if self._ending:
+                break
+            self._spawn(self._run_session(taken, due))
 
     async def _closed_loop(self) -> None:
         stages = self._plan.scenario.lasting()
@@ -202,60 +237,67 @@ class Generator:
         stages = self._plan.scenario.lasting()
         end = sum(stage.duration for stage in stages)
         free = number * _STAGGER
-        while not self._stopping:
+        while not self._ending:
             begin = _next_active(stages, number, free)
             if begin is None or begin >= end:
                 return
             if begin > self._client.now():
                 await self._sleep_until(begin)
-            session = self._take()
-            if session is None:
+            if self._ending or (taken := self._take()) is None:
                 return
-            free = await self._run_session(session, begin)
+            free = await self._run_session(taken, begin)
 
-    async def _run_session(self, session: Session, intended: float) -> float:
+    async def _run_session(self, prepared: _Prepared, intended: float) -> float:
         """Runs all turns; returns when the last one ended."""
         dispatched = self._client.now()
-        conversation = self._plan.conversation(session)
+        session, conversation, outgoing, request = prepared
         end = intended
         for number, turn in enumerate(session.turns):
             if number:
+                outgoing = conversation.outgoing(number)
+                request = self._client.encode(outgoing)
                 intended = end + turn.think
                 await self._sleep_until(intended)
                 dispatched = self._client.now()
-            record, sink = await self._send(conversation.outgoing(number), intended, dispatched)
-            end = record.end
-            if self._stopping:
+                if self._ending:
+                    break
+            answer = await self._send(outgoing, intended, dispatched, request)
+            end = answer.end
+            if self._ending:
                 break
-            if record.failed or sink is None:
+            if answer.failed or answer.sink is None:
                 self.abandoned_turns += len(session.turns) - number - 1
                 break
-            conversation.answered(sink)
+            if number + 1 < len(session.turns):
+                conversation.answered(answer.sink)
         every = self._plan.scenario.canary.every
         if self._canary is not None and session.index >= 0 and (session.index + 1) % every == 0:
             self._spawn(self._run_canary(session.index))
         return end
 
     async def _send(
-        self, outgoing: Outgoing, intended: float, dispatched: float
-    ) -> tuple[RequestRecord, StreamSink | None]:
+        self, outgoing: Outgoing, intended: float, dispatched: float, request: bytes
+    ) -> Answer:
         self.launched += 1
         self.in_flight += 1
         try:
             if self._slots is None:
-                result = await self._client.send(outgoing, intended, dispatched)
+                answer = await self._client.send(outgoing, intended, dispatched, request)
             else:
                 async with self._slots:
-                    result = await self._client.send(outgoing, intended, dispatched)
+                    answer = await self._client.send(outgoing, intended, dispatched, request)
         finally:
             self.in_flight -= 1
-        self.records.append(result[0])
-        return result
+        self._keep(answer)
+        return answer
+
+    def _keep(self, answer: Answer) -> None:
+        """Writes the record down when whoever waits for the answer has gone on."""
+        asyncio.get_running_loop().call_soon(lambda: self.records.append(answer.record()))
 
     async def _run_canary(self, index: int) -> None:
         now = self._client.now()
-        record, _ = await self._client.send(self._plan.canary(index, self._canary), now, now)
-        self.records.append(record)
+        self._keep(await self._client.send(self._plan.canary(index, self._canary), now, now))
 
     def _spawn(self, work: Coroutine[None, None, object]) -> None:
         async def run() -> None:

@@ -5,6 +5,7 @@ Knows typer and scenarios; runs nothing.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -24,6 +25,14 @@ def seconds(text: str | float) -> float:
         raise typer.BadParameter(
             f"{text!r} is not a duration such as 90, 90s, 1.5m or 2h"
         ) from None
+
+
+def share(text: str | float) -> float:
+    """A share option's value."""
+    try:
+        return float(text[:-1]) / 100 if isinstance(text, str) and text[-1:] == "%" else float(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not a share such as 5% or 0.05") from None
 
 
 Target = Annotated[str, typer.Argument(help="Base URL of an OpenAI-compatible server.")]
@@ -187,6 +196,19 @@ Goodput = Annotated[
     list[str] | None,
     typer.Option(help="What makes a request good: ttft<200ms,tpot<20ms.", rich_help_panel=_OUT),
 ]
+StopWidth = Annotated[
+    float | None,
+    typer.Option(
+        parser=share,
+        metavar="SHARE",
+        help="End early when the medians' intervals are within this of them: 5%.",
+        rich_help_panel=_OUT,
+    ),
+]
+StopOnSlo = Annotated[
+    bool | None,
+    typer.Option("--stop-on-slo", help="End early when a gate is lost.", rich_help_panel=_OUT),
+]
 Out = Annotated[
     str | None,
     typer.Option(
@@ -196,6 +218,18 @@ Out = Annotated[
         help="Write PREFIX.json, .jsonl, .csv and .html.",
         rich_help_panel=_OUT,
     ),
+]
+Parquet = Annotated[
+    bool,
+    typer.Option(
+        "--parquet",
+        help="Write PREFIX.parquet in place of PREFIX.jsonl (needs pyarrow).",
+        rich_help_panel=_OUT,
+    ),
+]
+Junit = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Write the verdicts as JUnit XML.", rich_help_panel=_OUT),
 ]
 Quiet = Annotated[
     bool, typer.Option("--quiet", "-q", help="No live display.", rich_help_panel=_OUT)
@@ -243,6 +277,7 @@ def build_scenario(
     load: dict[str, Any] | None = None,
     traffic: dict[str, Any] | None = None,
     request: dict[str, Any] | None = None,
+    stop: dict[str, Any] | None = None,
     top: dict[str, Any] | None = None,
     canary_every: int | None = None,
 ) -> Scenario:
@@ -268,7 +303,7 @@ def build_scenario(
         for key, value in (traffic or {}).items():
             if value is not None:
                 entry[key] = _prefix_tree(value) if key == "prefix_tree" else value
-    for section, fields in (("request", request), (None, top)):
+    for section, fields in (("request", request), ("stop", stop), (None, top)):
         place = table.setdefault(section, {}) if section else table
         place.update({key: value for key, value in (fields or {}).items() if value is not None})
     if canary_every is not None:

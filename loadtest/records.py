@@ -7,9 +7,12 @@ shared by all worker processes of a host). Knows nothing of HTTP or statistics.
 from __future__ import annotations
 
 from array import array
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 Outcome = Literal[
     "ok",
@@ -27,6 +30,8 @@ Outcome = Literal[
     "unfinished",
 ]
 """How a request ended. `cancelled` was planned by the workload; all after it are failures."""
+
+HARMLESS: tuple[Outcome, ...] = ("ok", "cancelled")
 
 FAILURES: tuple[Outcome, ...] = (
     "refused",
@@ -110,7 +115,21 @@ class RequestRecord(msgspec.Struct, kw_only=True, omit_defaults=True):
 
     @property
     def failed(self) -> bool:
-        return self.outcome not in ("ok", "cancelled")
+        return self.outcome not in HARMLESS
+
+
+def in_order(records: Iterable[RequestRecord]) -> list[RequestRecord]:
+    """By intended time, then by session."""
+    return sorted(records, key=lambda record: (record.intended, record.index, record.turn))
+
+
+def jsonl_row(record: RequestRecord) -> dict[str, Any]:
+    """Every field under its name, the arrivals unpacked: `chunk_times` in s from `intended`."""
+    row = {name: getattr(record, name) for name in RequestRecord.__struct_fields__}
+    row["chunk_times"] = [offset / 1e6 for offset in record.chunk_offsets()]
+    row["chunk_tokens"] = list(record.chunk_counts())
+    del row["chunk_us"]
+    return row
 
 
 def pack_offsets(seconds: list[float]) -> bytes:

@@ -18,12 +18,13 @@ from .audit import Audit, audit
 from .histogram import Histogram
 from .limits import parse_gates, parse_limits
 from .prompts import PromptPlan  # noqa: TC001 decoded by type
+from .records import jsonl_row
 from .scenario import Scenario  # noqa: TC001 decoded by type
 from .slo import Verdict, judge
 from .stats import mser5, slope_t
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
     from pathlib import Path
 
     from .audit import AuditLimits
@@ -125,6 +126,8 @@ class Result(msgspec.Struct, kw_only=True):
     requests: dict[str, list[Any]]
     """The requests as columns, by intended time; full records are in the JSONL."""
     server_metrics: list[ServerMetric] = []
+    stopped: str | None = None
+    """Why the load ended before its time, if a rule of `scenario.stop` ended it."""
 
     @property
     def exit_code(self) -> int:
@@ -264,6 +267,7 @@ def summarise(
     interrupted: bool = False,
     audit_limits: AuditLimits | None = None,
     server_metrics: list[ServerMetric] | None = None,
+    stopped: str | None = None,
 ) -> Result:
     """Turns the records of one run into its result."""
     load = sorted((r for r in records if r.kind == "load"), key=lambda r: (r.intended, r.index))
@@ -330,6 +334,7 @@ def summarise(
         itl_batches=batches,
         requests=_columns(load),
         server_metrics=server_metrics or [],
+        stopped=stopped,
     )
 
 
@@ -359,17 +364,13 @@ class _SchemaOnly(msgspec.Struct):
     schema_: str = msgspec.field(name="schema", default="none")
 
 
-def write_jsonl(records: Sequence[RequestRecord], path: Path) -> None:
+def write_jsonl(records: Iterable[RequestRecord], path: Path) -> None:
     """One record a line, with the arrival (s from intended) and token count of each chunk."""
     encode = msgspec.json.Encoder().encode
     with path.open("wb") as file:
-        for record in sorted(records, key=lambda r: (r.intended, r.index)):
-            row = msgspec.to_builtins(record)
-            row.pop("chunk_us", None)
-            row.pop("chunk_tokens", None)
-            row["chunk_times"] = [offset / 1e6 for offset in record.chunk_offsets()]
-            row["chunk_tokens"] = list(record.chunk_counts())
-            file.write(encode(row) + b"\n")
+        for record in records:
+            told = {name: value for name, value in jsonl_row(record).items() if value is not None}
+            file.write(encode(told) + b"\n")
 
 
 def write_csv(result: Result, path: Path) -> None:

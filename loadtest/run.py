@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from .client import Client, ClientOptions, Outgoing
+from .early import EarlyStop
 from .environment import client_environment, served_model, server_environment
 from .http import Pool, Target
 from .plan import Plan
@@ -24,6 +25,7 @@ from .worker import (
     Begin,
     Broken,
     Done,
+    Finish,
     FromWorker,
     Job,
     Progress,
@@ -117,10 +119,10 @@ async def _takes_vendor_fields(pool: Pool, model: str, scenario: Scenario) -> bo
     )
     client = Client(pool, ClientOptions(timeout=scenario.request.timeout))
     client.origin = perf_counter()
-    record, _ = await client.send(outgoing, 0.0, 0.0)
-    if record.outcome in ("refused", "connect_error") or record.status in (401, 403, 404):
-        raise RunError(f"{pool.target.url}: {record.message}")
-    return record.status not in (400, 422)
+    answer = await client.send(outgoing, 0.0, 0.0)
+    if answer.outcome in ("refused", "connect_error") or answer.status in (401, 403, 404):
+        raise RunError(f"{pool.target.url}: {answer.message}")
+    return answer.status not in (400, 422)
 
 
 async def _learn_canary(job: Job) -> str | None:
@@ -134,11 +136,11 @@ async def _learn_canary(job: Job) -> str | None:
     client = Client(pool, job.options)
     client.origin = perf_counter()
     outgoing = Plan(job.scenario, job.prompts, job.model).canary(0, None)
-    record, sink = await client.send(outgoing, 0.0, 0.0)
+    answer = await client.send(outgoing, 0.0, 0.0)
     pool.close()
-    if not record.completed or sink is None:
-        raise RunError(f"canary: {record.outcome}: {record.message}")
-    return "".join(sink.text)
+    if answer.outcome != "ok" or answer.sink is None:
+        raise RunError(f"canary: {answer.outcome}: {answer.message}")
+    return "".join(answer.sink.text)
 
 
 class Worker:
@@ -235,6 +237,17 @@ async def run(
     scraper = Scraper(pool)
     watch: asyncio.Task[None] | None = None
     stopper = asyncio.create_task(_stop_when(interrupt, workers)) if interrupt else None
+    early = EarlyStop(scenario)
+
+    def progressed(progress: Progress, number: int) -> None:
+        if on_progress is not None:
+            on_progress(progress, number)
+        if early.reason is None:
+            early.update(progress, number)
+            if early.reason is not None:
+                for worker in workers:
+                    worker.send(Finish())
+
     try:
         for worker in workers:
             first = await worker.receive()
@@ -246,7 +259,7 @@ async def run(
         for worker in workers:
             worker.send(Begin(origin=origin))
         done = await asyncio.gather(
-            *(_collect(worker, number, on_progress) for number, worker in enumerate(workers))
+            *(_collect(worker, number, progressed) for number, worker in enumerate(workers))
         )
     finally:
         for task in (watch, stopper):
@@ -271,6 +284,7 @@ async def run(
         interrupted=interrupt is not None and interrupt.is_set(),
         audit_limits=audit_limits,
         server_metrics=scraper.series(origin),
+        stopped=early.reason,
     )
     return result, records
 
@@ -282,11 +296,11 @@ async def _stop_when(interrupt: asyncio.Event, workers: list[Worker]) -> None:
 
 
 async def _collect(
-    worker: Worker, number: int, on_progress: Callable[[Progress, int], None] | None
+    worker: Worker, number: int, on_progress: Callable[[Progress, int], None]
 ) -> Done:
     while True:
         message = await worker.receive()
         if isinstance(message, Done):
             return message
-        if isinstance(message, Progress) and on_progress is not None:
+        if isinstance(message, Progress):
             on_progress(message, number)

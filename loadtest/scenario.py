@@ -111,6 +111,17 @@ class Canary(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """The right answer; without it, the answer given before the load, alone."""
 
 
+class Stop(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """When a load may end before its time; what is in flight is awaited."""
+
+    width: float | None = None
+    """When each figure's 95 % interval is within this share of its value."""
+    figures: list[str] = []
+    """`ttft.p99`, ...; empty for the medians of ttft, itl and e2e."""
+    slo: bool = False
+    """When a gate is lost: its limit lies outside the whole interval."""
+
+
 class Scenario(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A whole run."""
 
@@ -125,6 +136,7 @@ class Scenario(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Limits that each request must meet to count as good: `ttft<200ms`."""
     slo: list[str] = []
     """Gates of the run: `ttft.p99<200ms`, `error<0.1%`, `goodput>=99%`."""
+    stop: Stop = Stop()
 
     def check(self) -> Scenario:
         """Returns itself.

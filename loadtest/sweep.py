@@ -2,12 +2,14 @@
 
 First users are doubled until throughput no longer grows (closed loop), then Poisson arrivals are
 tried at shares of that capacity (open loop), where latency is honest. The knee is found twice: by
-curvature, and as the highest rate at which enough requests are good. Runs loads; draws nothing.
+curvature, narrowed by a rate on either side of it, and as the highest rate at which enough requests
+are good. A point whose client was the bottleneck is measured once more. Runs loads; draws nothing.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
@@ -122,12 +124,16 @@ class Saturation:
 
 def knee_of(rates: list[float], latencies: list[float]) -> float | None:
     """The rate where a rising latency curve bends most (Kneedle: the greatest distance below the
-    chord, both axes scaled to 0..1). None with under 4 points or without a bend."""
+    chord, both axes scaled to 0..1). None with under 4 points or without a bend.
+
+    Latency counts by its logarithm: beyond capacity it grows with the length of the run, and on a
+    linear axis the last point alone would decide.
+    """
     if len(rates) < 4:
         return None
     order = np.argsort(rates)
-    x, y = np.array(rates)[order], np.array(latencies)[order]
-    if np.ptp(x) == 0 or np.ptp(y) == 0 or y[-1] < 1.2 * y[0]:
+    x, y = np.array(rates)[order], np.log(np.array(latencies)[order])
+    if np.ptp(x) == 0 or y[-1] - y[0] < math.log(1.2):
         return None
     distance = (x - x[0]) / (x[-1] - x[0]) - (y - y[0]) / (y[-1] - y[0])
     best = int(np.argmax(distance))
@@ -158,8 +164,18 @@ def _point(kind: Literal["closed", "open"], level: float, result: Result, satura
         goodput_low=share.low if share else None,
         error_ratio=result.full.error_ratio,
         valid=result.audit.valid,
-        saturated=saturated or "beyond the server's capacity" in result.steady_note,
+        saturated=saturated or (kind == "open" and _grew(result)),
     )
+
+
+def _grew(result: Result) -> bool:
+    """Whether requests in flight grew for as long as they were sent."""
+    sending = result.scenario.load.max_duration or result.full.end
+    line = result.timeline
+    count = max(int(sending / line.width), 1)
+    levels = line.in_flight[:count]
+    slope, t = slope_t(line.times[:count], levels)
+    return t > 4 and slope * sending > max(4.0, float(np.mean(levels)))
 
 
 class _Sweeper:
@@ -188,6 +204,17 @@ class _Sweeper:
         return self._interrupt is not None and self._interrupt.is_set()
 
     async def point(self, kind: Literal["closed", "open"], level: float) -> Point:
+        """Measures one load; again if the client was not up to it the first time."""
+        made, result = await self._measure(kind, level)
+        if not (made.valid or made.saturated or self.stopped):
+            made, result = await self._measure(kind, level)
+        self.points.append(made)
+        self.first = self.first or result
+        if self._on_point is not None:
+            self._on_point(made, result)
+        return made
+
+    async def _measure(self, kind: Literal["closed", "open"], level: float) -> tuple[Point, Result]:
         load = msgspec.structs.replace(
             self._scenario.load,
             strategy="concurrent" if kind == "closed" else "poisson",
@@ -199,7 +226,9 @@ class _Sweeper:
             max_requests=None,
             max_duration=self._options.duration,
         )
-        scenario = msgspec.structs.replace(self._scenario, load=load)
+        # its gates are those of whole runs
+        rule = msgspec.structs.replace(self._scenario.stop, slo=False)
+        scenario = msgspec.structs.replace(self._scenario, load=load, stop=rule)
         stop = asyncio.Event()
         watch = Saturation(stop)
         forward = asyncio.create_task(self._forward(stop)) if self._interrupt else None
@@ -214,12 +243,7 @@ class _Sweeper:
         finally:
             if forward is not None:
                 forward.cancel()
-        made = _point(kind, level, result, watch.found)
-        self.points.append(made)
-        self.first = self.first or result
-        if self._on_point is not None:
-            self._on_point(made, result)
-        return made
+        return _point(kind, level, result, watch.found), result
 
     async def _forward(self, stop: asyncio.Event) -> None:
         assert self._interrupt is not None
@@ -243,6 +267,17 @@ class _Sweeper:
             not point.saturated and point.goodput is not None
             and point.goodput >= self._options.goodput
         )  # fmt: skip
+
+    async def narrow_knee(self) -> None:
+        """Tries a rate on either side of the knee, half-way to its neighbours."""
+        knee = curvature(self.points)
+        if knee is None:
+            return
+        levels = sorted(p.level for p in self.points if p.kind == "open")
+        place = levels.index(knee)
+        for other in levels[max(place - 1, 0) : place] + levels[place + 1 : place + 2]:
+            if not self.stopped:
+                await self.point("open", (knee + other) / 2)
 
     async def bisect(self) -> float | None:
         """Narrows down the highest open-loop rate that keeps the goodput."""
@@ -279,15 +314,17 @@ async def sweep(
     known = await probe(settings, scenario)
     sweeper = _Sweeper(scenario, settings, options, known, on_point, interrupt)
     capacity = None
-    rates = sorted(options.rates)
-    if not rates:
+    rates, rates_given = sorted(options.rates), bool(options.rates)
+    if not rates_given:
         capacity = await sweeper.capacity()
         rates = [share * capacity for share in _SHARES]
     for rate in rates:
         if sweeper.stopped or (await sweeper.point("open", rate)).saturated:
             break
+    if not rates_given:
+        await sweeper.narrow_knee()
     slo_rate = await sweeper.bisect() if scenario.goodput and not sweeper.stopped else None
-    knee = _curvature(sweeper.points)
+    knee = curvature(sweeper.points)
     first = sweeper.first
     assert first is not None
     return Sweep(
@@ -307,7 +344,8 @@ async def sweep(
     )
 
 
-def _curvature(points: list[Point]) -> float | None:
+def curvature(points: list[Point]) -> float | None:
+    """The knee of the open-loop points whose client kept up, by E2E p99 or, failing it, p50."""
     opened = [p for p in points if p.kind == "open" and p.valid]
     for name in ("e2e_p99", "e2e_p50"):
         values = [getattr(p, name) for p in opened]

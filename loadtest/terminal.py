@@ -100,7 +100,7 @@ class LiveView:
             self._failed[kind] = self._failed.get(kind, 0) + count
         self._in_flight[worker] = progress.in_flight
         for name, whole in self._whole.items():
-            whole.merge(Histogram.from_sparse(getattr(progress, name)))
+            whole.merge(Histogram.from_sparse(progress.latency.get(name, [])))
         now = monotonic()
         self._recent.append((now, progress))
         while self._recent and now - self._recent[0][0] > _RECENT:
@@ -126,7 +126,7 @@ class LiveView:
         for name, whole in self._whole.items():
             last = Histogram()
             for progress in recent:
-                last.merge(Histogram.from_sparse(getattr(progress, name)))
+                last.merge(Histogram.from_sparse(progress.latency.get(name, [])))
             cells = [duration(whole.percentile(q)) for q in (0.5, 0.9, 0.99)]
             cells += [duration(last.percentile(q)) for q in (0.5, 0.99)]
             table.add_row(LABELS[name], *cells)
@@ -234,6 +234,8 @@ def print_result(result: Result, console: Console) -> None:
         f"{full.requests} requests in {full.end:.1f} s, {full.completed} complete, "
         f"{full.cancelled} cancelled as planned, {full.failed} failed"
     )
+    if result.stopped:
+        console.print(f"[yellow]Ended early: {escape(result.stopped)}[/yellow]")
     wide = console.width >= 100
     console.print(_latency_table("Latency, full run (from the intended send)", full, wide))
     if result.steady is not None:

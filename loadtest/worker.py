@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from .client import Client, ClientOptions
-from .figures import e2e, itl_samples, ttft
+from .figures import e2e, itl_samples, tpot, ttft
 from .generator import Generator
 from .histogram import Histogram
 from .http import Pool, Target
@@ -59,6 +59,10 @@ class Stop(msgspec.Struct, frozen=True, kw_only=True, tag="stop"):
     """Send nothing more and give up what is in flight."""
 
 
+class Finish(msgspec.Struct, frozen=True, kw_only=True, tag="finish"):
+    """Send nothing more, but await what is in flight."""
+
+
 class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     """Sessions are made and the warm-up is over."""
 
@@ -73,9 +77,8 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True, tag="progress"):
     tokens: int = 0
     in_flight: int = 0
     """Now, not since."""
-    ttft: Sparse = []
-    itl: Sparse = []
-    e2e: Sparse = []
+    latency: dict[str, Sparse] = {}
+    """By figure: ttft, itl, tpot, e2e. Slow readers are left out."""
 
 
 class Done(msgspec.Struct, frozen=True, kw_only=True, tag="done"):
@@ -92,7 +95,7 @@ class Broken(msgspec.Struct, frozen=True, kw_only=True, tag="broken"):
     message: str
 
 
-ToWorker = Job | Begin | Stop
+ToWorker = Job | Begin | Stop | Finish
 FromWorker = Ready | Progress | Done | Broken
 
 _LENGTH = struct.Struct("<I")
@@ -131,13 +134,17 @@ class Reporter:
         fresh = [r for r in generator.records[self._seen :] if r.kind == "load"]
         self._seen = len(generator.records)
         failed: dict[str, int] = {}
-        ttfts, e2es, gaps = Histogram(), Histogram(), Histogram()
         for record in fresh:
             if record.failed:
                 failed[record.outcome] = failed.get(record.outcome, 0) + 1
+        timed = [record for record in fresh if not record.slow_reader]
+        latency = {
+            figure.__name__: Histogram.of([v for r in timed if (v := figure(r)) is not None])
+            for figure in (ttft, tpot, e2e)
+        }
+        gaps = latency["itl"] = Histogram()
+        for record in timed:
             gaps.record(itl_samples(record)[0])
-        ttfts.record([v for r in fresh if (v := ttft(r)) is not None])
-        e2es.record([v for r in fresh if (v := e2e(r)) is not None])
         message = Progress(
             time=self._client.now(),
             launched=generator.launched - self._launched,
@@ -145,9 +152,7 @@ class Reporter:
             failed=failed,
             tokens=self._client.counter.tokens - self._tokens,
             in_flight=generator.in_flight,
-            ttft=ttfts.to_sparse(),
-            itl=gaps.to_sparse(),
-            e2e=e2es.to_sparse(),
+            latency={name: found.to_sparse() for name, found in latency.items()},
         )
         self._launched, self._tokens = generator.launched, self._client.counter.tokens
         return message
@@ -155,10 +160,13 @@ class Reporter:
 
 async def work(
     job: Job,
-    next_command: Callable[[], asyncio.Future[Begin | Stop]],
+    next_command: Callable[[], asyncio.Future[Begin | Stop | Finish]],
     send: Callable[[msgspec.Struct], None],
 ) -> None:
-    """Runs one job: warm-up, `Ready`, wait for `Begin`, load with `Progress`, `Done`."""
+    """Runs one job: warm-up, `Ready`, wait for `Begin`, load with `Progress`, `Done`.
+
+    A `Stop` before `Begin` ends it at once.
+    """
     pool = Pool(
         Target(job.url),
         job.headers,
@@ -178,7 +186,7 @@ async def work(
         await generator.connect()
     send(Ready())
     begin = await command
-    if isinstance(begin, Stop):
+    if not isinstance(begin, Begin):
         send(Done(records=generator.records, audit=AuditSample()))
         return
     # collecting half a million live records would stop the clock for a while
@@ -192,8 +200,12 @@ async def work(
     while not load.done():
         await asyncio.wait({load, stop}, timeout=PROGRESS_PERIOD, return_when="FIRST_COMPLETED")
         if stop.done() and not load.done():
-            generator.stop()
-            await asyncio.wait({load}, timeout=5)
+            if isinstance(stop.result(), Finish):
+                generator.finish()
+                stop = next_command()
+            else:
+                generator.stop()
+                await asyncio.wait({load}, timeout=5)
         send(reporter.progress())
     pool.close()
     send(
@@ -216,10 +228,11 @@ async def main() -> None:
         sys.stdout.buffer.write(pack(message))
         sys.stdout.buffer.flush()
 
-    async def next_command() -> Begin | Stop:
+    async def next_command() -> Begin | Stop | Finish:
         frame = await read_frame(reader)
         command = decode(frame) if frame is not None else Stop()
-        return command if isinstance(command, Begin) else Stop()
+        assert not isinstance(command, Job)
+        return command
 
     frame = await read_frame(reader)
     if frame is None:

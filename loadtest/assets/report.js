@@ -66,6 +66,7 @@ function latencyTable(d) {
 function runReport(d) {
   header(d, d.scenario.name);
   if (!d.audit.valid) root.append(el("div", { class: "banner" }, "INVALID: the client was the bottleneck, these figures are not the server's.", el("ul", {}, d.audit.reasons.map((r) => el("li", {}, r)))));
+  if (d.stopped) root.append(el("p", { class: "note" }, `The load was ended early: ${d.stopped}.`));
   if (d.interrupted) root.append(el("p", { class: "note" }, "The run was interrupted; what was in flight counts as unfinished."));
   const chip = (kind, text) => el("span", { class: `chip ${kind}` }, text);
   root.append(el("div", { class: "chips" },

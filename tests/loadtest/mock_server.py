@@ -116,6 +116,8 @@ class Server(asyncio.Protocol):
             self.plain(200, b"{}")
         elif url == "/log":
             self.plain(200, msgspec.json.encode(state.log))
+        elif url == "/health":
+            self.plain(200, b"{}")
         elif url == "/v1/models":
             self.plain(200, b'{"object":"list","data":[{"id":"mock","max_model_len":4096}]}')
         elif url == "/version":
@@ -259,7 +261,8 @@ class Server(asyncio.Protocol):
             if ids:
                 choice["token_ids"] = [2000 + done + k for k in range(count)]
             done += count
-            chunk: dict[str, Any] = {"id": "x", "choices": [choice]}
+            kind = "chat.completion.chunk" if chat else "text_completion"
+            chunk: dict[str, Any] = {"id": "x", "object": kind, "choices": [choice]}
             if usage_running:
                 chunk["usage"] = usage()
             entry["chunks"].append(perf_counter())

@@ -49,6 +49,26 @@ def test_a_run_writes_its_report_and_gates_by_exit_code(mock, tmp_path):
     assert "ttft.p50" in same.output
 
 
+def test_ci_gets_its_files(mock, tmp_path):
+    pytest.importorskip("pyarrow")
+    mock.program(ttft=[0.01], itl=[0.002])
+    out = tmp_path / "run"
+    done = invoke(
+        *(mock.url, "-c", 2, "-n", 12, "--prompt-tokens", 4, "--output-tokens", 3, "-q"),
+        *("--vocab", 1000, "--slo", "error<50%", "--stop-on-slo", "--stop-width", "1%"),
+        *("--out", out, "--parquet", "--junit", tmp_path / "gates.xml"),
+    )
+    # 2 on a machine too busy to judge
+    assert done.exit_code in (0, 2), done.output
+    assert 'name="error&lt;50%"' in (tmp_path / "gates.xml").read_text()
+    assert {p.suffix for p in tmp_path.glob("run.*")} == {".json", ".parquet", ".csv", ".html"}
+    scenario = json.loads(out.with_suffix(".json").read_text())["scenario"]
+    assert scenario["stop"] == {"width": 0.01, "figures": [], "slo": True}
+    refused = invoke(mock.url, "-n", 2, "--stop-on-slo")
+    assert refused.exit_code == 2
+    assert "stop.slo: needs a gate" in refused.output
+
+
 async def test_the_canary_is_learned_alone_and_checked_under_load(mock):
     mock.program(ttft=[0.005], itl=[0.001], corrupt_from=20)
     scenario = make_scenario(

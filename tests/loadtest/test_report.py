@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import csv
 import json
+from xml.etree import ElementTree
 
 import msgspec
 import numpy as np
@@ -12,66 +13,19 @@ import pytest
 from convserve.loadtest.audit import audit
 from convserve.loadtest.compare import compare_results
 from convserve.loadtest.html import html_page
+from convserve.loadtest.junit import write_junit
 from convserve.loadtest.limits import parse_gates, parse_limits
-from convserve.loadtest.prompts import PromptPlan
-from convserve.loadtest.records import AuditSample, RequestRecord, pack_counts, pack_offsets
-from convserve.loadtest.result import read_result, summarise, write_csv, write_json, write_jsonl
-from convserve.loadtest.scenario import make_scenario
+from convserve.loadtest.parquet import write_parquet
+from convserve.loadtest.records import (
+    AuditSample,
+    jsonl_row,
+)
+from convserve.loadtest.result import read_result, write_csv, write_json, write_jsonl
 from convserve.loadtest.sweep import Saturation, knee_of
 from convserve.loadtest.terminal import print_comparison, print_result
 from convserve.loadtest.worker import Progress
+from made_runs import QUIET, records, result
 from rich.console import Console
-
-QUIET = AuditSample(loop_lag=[0.0001] * 100, cpu_seconds=1.0, wall_seconds=60.0)
-
-
-def records(count=600, scale=1.0, seed=0, fail=0.0):
-    """Requests 0.1 s apart; TTFT lognormal around 50 ms, 8 tokens 10 ms apart."""
-    generator = np.random.default_rng(seed)
-    made = []
-    for k in range(count):
-        start = 0.1 * k
-        first = scale * 0.05 * float(np.exp(0.3 * generator.normal()))
-        gaps = scale * generator.uniform(0.008, 0.012, size=7)
-        offsets = [first, *(first + np.cumsum(gaps)).tolist()]
-        failed = generator.random() < fail
-        made.append(
-            RequestRecord(
-                index=k,
-                intended=start,
-                dispatched=start + 1e-5,
-                sent=start + 1e-4,
-                first_byte=start + first,
-                first_token=start + first,
-                last_token=start + offsets[-1],
-                end=start + offsets[-1] + 1e-4,
-                outcome="truncated" if failed else "ok",
-                message="closed" if failed else None,
-                status=200,
-                prompt_tokens=10,
-                cached_tokens=5,
-                output_tokens=8,
-                max_tokens=8,
-                basis="ids",
-                chunk_us=pack_offsets(offsets),
-                chunk_tokens=pack_counts([1] * 8),
-            )
-        )
-    return made
-
-
-def result(made, *, sample=QUIET, **scenario):
-    table = {"name": "t", "load": {"strategy": "poisson", "rate": 10, "max_requests": 600}}
-    return summarise(
-        scenario=make_scenario({**table, **scenario}),
-        records=made,
-        samples=[sample],
-        prompts=PromptPlan(kind="ids", vocab=9),
-        target="http://x",
-        model="m",
-        started="2026-01-01T00:00:00+00:00",
-        command=["convserve", "loadtest", "http://x", "--set", "a b"],
-    )
 
 
 def test_figures_follow_their_formulas():
@@ -254,6 +208,44 @@ def test_files_hold_what_was_measured(tmp_path):
     (tmp_path / "r.json").write_text('{"schema": "convserve.loadtest/9"}')
     with pytest.raises(ValueError, match=r"schema 'convserve\.loadtest/9'"):
         read_result(tmp_path / "r.json")
+
+
+def test_a_table_of_requests_holds_what_the_lines_hold(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    made = records(50, fail=0.2)
+    made[7].cached_tokens = None
+    write_parquet(made, tmp_path / "r.parquet")
+    table = parquet.read_table(tmp_path / "r.parquet")
+    assert table.to_pylist() == [jsonl_row(record) for record in made]
+    kinds = {field.name: str(field.type) for field in table.schema}
+    assert kinds["first_token"] == "double"
+    assert kinds["message"] == "string"
+    assert kinds["output_tokens"] == "int64"
+    assert kinds["reused"] == "bool"
+    assert kinds["chunk_times"].startswith("list<")
+
+
+def test_ci_sees_which_gate_failed_and_which_cannot_be_told(tmp_path):
+    made = records()
+    canary = msgspec.structs.replace(made[0], kind="canary", canary_match=False)
+    gates = ["ttft.p50<20ms", "ttft.p99<200ms", "e2e.p99.9<10s"]
+    write_junit(result([*made, canary], slo=gates), tmp_path / "r.xml")
+    suite = ElementTree.parse(tmp_path / "r.xml").getroot()
+    assert [suite.get(name) for name in ("tests", "failures", "errors")] == ["5", "2", "1"]
+    told = {case.get("name"): [child.tag for child in case] for case in suite}
+    assert told == {
+        "fast enough to judge the server": [],
+        "ttft.p50<20ms": ["failure"],
+        "ttft.p99<200ms": [],
+        "e2e.p99.9<10s": ["error"],
+        "answers stay the same under load": ["failure"],
+    }
+    failure = suite.find(".//failure")
+    assert failure is not None
+    assert "measured 0.0" in failure.get("message", "")
+    late = AuditSample(loop_lag=[1.0], wall_seconds=1)
+    write_junit(result(made, sample=late), tmp_path / "late.xml")
+    assert ElementTree.parse(tmp_path / "late.xml").getroot().get("errors") == "1"
 
 
 def test_the_page_needs_no_network_and_escapes_what_servers_say():
