@@ -6,6 +6,8 @@ ARG PYTHON_IMAGE=python:3.12.12-slim-bookworm
 FROM ${PYTHON_IMAGE} AS build
 # PyTorch's index of CPU builds. Empty for the usual build, which runs on NVIDIA GPUs.
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+# `[otel]` adds what --otlp-traces-endpoint needs.
+ARG EXTRAS=
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
 WORKDIR /src
 COPY constraints.txt ./
@@ -18,7 +20,11 @@ COPY engine engine
 COPY kernels kernels
 COPY cache cache
 COPY loadtest loadtest
-RUN /opt/convserve/bin/pip install --constraint constraints.txt --no-build-isolation .
+# What torch has for those who build or test it (200 MB) stays behind.
+RUN /opt/convserve/bin/pip install --constraint constraints.txt --no-build-isolation ".${EXTRAS}" \
+    && find /opt/convserve/lib/python3*/site-packages/torch -depth \
+        \( -path '*/torch/include/*' -o -path '*/torch/share/*' -o -path '*/torch/test/*' \
+        -o -path '*/torch/bin/*' ! -name torch_shm_manager \) -delete
 
 FROM ${PYTHON_IMAGE}
 # The CPU kernels (at the first start) and Triton's launchers are compiled on the machine that runs
