@@ -1,0 +1,211 @@
+"""What is trained is what is served: a recipe whose model differs from the engine's in anything
+ships filters that were never measured."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import retrofit
+import scratch
+import study
+import torch
+from conv_model import PLACES, ConvModel, load, save
+from convserve.engine import LLM
+from convserve.engine.models import ModelError
+from loop import Plan, Windows, head_loss, head_of, mean_loss, read_ids, train
+from tiny_models import config_of, naive_logits, write_model
+
+SMALL = (
+    "--vocab 64 --hidden 32 --layers 2 --heads 2 --inner 48 --batch 8 --length 24 --steps 25 "
+    "--lr 1e-2 --device cpu --dtype float32 --no-compile --eval-windows 8"
+)
+
+
+@pytest.fixture(scope="module")
+def ids(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Token ids in which the next one can be learnt."""
+    path = tmp_path_factory.mktemp("ids") / "ids.npy"
+    steps = np.random.default_rng(0).integers(1, 3, 4000)
+    np.save(path, (np.cumsum(steps) % 64).astype(np.uint16))
+    return path
+
+
+def served_loss(folder: Path, ids: Path, windows: int, length: int, **options: Any) -> float:
+    """Mean loss of the engine over the windows that `mean_loss` takes."""
+    tokens = np.load(ids).astype(int)
+    starts = torch.linspace(0, len(tokens) - length - 1, windows).long().tolist()
+    llm = LLM(folder, dtype="float32", memory="16MiB", **options)
+    scores = llm.score([tokens[s : s + length + 1].tolist() for s in starts])
+    return -float(np.mean([p for row in scores for p in row if p is not None]))
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "--kind none",
+        "--kind static",
+        "--kind headwise --size 8",
+        "--kind lowrank --size 3",
+        f"--kind lowrank --size 3 --placement {' '.join(PLACES)}",
+    ],
+)
+def test_a_model_from_scratch_learns_and_is_served_with_the_same_loss(
+    kind: str, ids: Path, tmp_path: Path
+) -> None:
+    tokenizer = Path(__file__).parents[1] / "data" / "tokenizer" / "tokenizer.json"
+    flags = f"{tmp_path} --train {ids} --tokenizer {tokenizer} --eval held={ids} {SMALL} {kind}"
+    [after] = scratch.main(scratch.arguments().parse_args(flags.split()))
+    loss = math.log(after["held"])
+    assert loss < math.log(64) - 0.2
+    folder = tmp_path / "seed-0" / "model"
+    assert served_loss(folder, ids, 8, 24) == pytest.approx(loss, abs=1e-5)
+    result = json.loads((tmp_path / "seed-0" / "result.json").read_text())
+    assert result["tokens"] == 25 * 8 * 24
+    assert len((tmp_path / "seed-0" / "curve.csv").read_text().splitlines()) == 26
+
+
+@pytest.mark.parametrize(
+    "variant", ["plain", "lowrank qkv", "headwise all", "static", "conv first, full", "biases"]
+)
+def test_the_model_is_the_definition(variant: str, tmp_path: Path) -> None:
+    config, tokens = config_of(variant), list(range(3, 30))
+    config["conv"]["bias"] = True
+    weights = write_model(tmp_path, config)
+    model = load(tmp_path)
+    got = model.logits(model(torch.tensor([tokens]), torch.float32))[0]
+    torch.testing.assert_close(
+        got.double(), naive_logits(config, weights, tokens), atol=1e-3, rtol=0
+    )
+
+
+@pytest.mark.parametrize("variant", ["block norm", "some layers", "silu and scale", "experts"])
+def test_what_is_not_trained_is_refused(variant: str, tmp_path: Path) -> None:
+    write_model(tmp_path, config_of(variant))
+    with pytest.raises(ModelError, match="the recipes train"):
+        load(tmp_path)
+
+
+def retrofitted(base: Path, out: Path, ids: Path, flags: str) -> dict[str, float]:
+    common = f"{base} {out} --train {ids} --eval held={ids} --batch 4 --length 24 --device cpu"
+    common += " --dtype float32 --no-compile --eval-windows 8 --size 4 --lr 1e-2"
+    return retrofit.main(retrofit.arguments().parse_args(f"{common} {flags}".split()))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory, ids: Path) -> Path:
+    """A plain model that has learnt a little."""
+    torch.manual_seed(0)
+    flags = f"nowhere --train {ids} --tokenizer none {SMALL}"
+    model = ConvModel(scratch.config_of(scratch.arguments().parse_args(flags.split())))
+    folder = tmp_path_factory.mktemp("base")
+    save(model, folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["static", "headwise", "lowrank"])
+def test_an_adapter_starts_as_the_base_and_is_served_with_the_trainers_loss(
+    kind: str, base: Path, ids: Path, tmp_path: Path
+) -> None:
+    retrofitted(base, tmp_path / "start", ids, f"--kind {kind} --steps 0")
+    plain = served_loss(base, ids, 7, 512)
+    assert served_loss(base, ids, 7, 512, conv_adapter=tmp_path / "start") == pytest.approx(plain)
+    after = retrofitted(base, tmp_path / "end", ids, f"--kind {kind} --steps 10")
+    served = served_loss(base, ids, 7, 512, conv_adapter=tmp_path / "end")
+    assert served == pytest.approx(math.log(after["held"]), abs=1e-4)
+    assert served < plain - 0.01
+
+
+def test_a_lora_is_merged_and_all_weights_make_a_whole_folder(
+    base: Path, ids: Path, tmp_path: Path
+) -> None:
+    for flags in ("--kind lora", "--kind lowrank --weights all"):
+        after = retrofitted(base, tmp_path, ids, f"{flags} --steps 10")
+        served = served_loss(tmp_path / "model", ids, 7, 512)
+        assert served == pytest.approx(math.log(after["held"]), abs=2e-3), flags
+
+
+def test_an_anchor_holds_the_model_to_its_base(base: Path, ids: Path, tmp_path: Path) -> None:
+    def moved(flags: str) -> float:
+        retrofitted(base, tmp_path, ids, f"--steps 20 --kind lowrank {flags}")
+        llm = LLM(base, dtype="float32", memory="16MiB", conv_adapter=tmp_path)
+        new, old = (m.score([list(range(60))])[0][1:] for m in (llm, LLM(base, memory="16MiB")))
+        return float(np.mean([abs((a or 0) - (b or 0)) for a, b in zip(new, old, strict=True)]))
+
+    other = tmp_path / "other.npy"
+    np.save(other, np.tile(np.arange(60, dtype=np.uint16), 20))
+    free = moved("")
+    held = moved(f"--anchor {other} --anchor-share 0.5 --anchor-weight 20")
+    assert held < 0.5 * free
+
+
+def test_a_run_that_was_cut_off_goes_on_as_if_it_had_not_been(
+    base: Path, ids: Path, tmp_path: Path
+) -> None:
+    def run(out: Path, fail_at: int | None) -> ConvModel:
+        torch.manual_seed(1)
+        model = load(base)
+        windows = Windows(read_ids(ids, torch.device("cpu")), 24, 0)
+        steps = 0
+
+        def loss_of() -> torch.Tensor:
+            nonlocal steps
+            if steps == fail_at:
+                raise KeyboardInterrupt
+            steps += 1
+            tokens = windows.take(2)
+            hidden = model(tokens[:, :-1], torch.float32)
+            return head_loss(hidden, head_of(model), tokens[:, 1:])
+
+        plan = Plan(steps=8, batch=2, length=24, lr=1e-2, warmup=2, save_every=3)
+        train(model, list(model.parameters()), plan, loss_of, [windows.generator], out)
+        return model
+
+    whole = run(tmp_path / "whole", None)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut", 5)
+    resumed = run(tmp_path / "cut", None)
+    for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+    rows = (tmp_path / "cut" / "curve.csv").read_text().splitlines()
+    assert [row.split(",")[0] for row in rows[1:]] == [str(step) for step in range(1, 9)]
+
+
+def test_windows_of_a_seed_are_always_the_same(ids: Path) -> None:
+    tokens = read_ids(ids, torch.device("cpu"))
+    one, same, other = (Windows(tokens, 8, seed).take(4) for seed in (1, 1, 2))
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+    with pytest.raises(ValueError, match="too few"):
+        Windows(tokens[:9], 8, 0)
+
+
+def test_a_loss_over_few_windows_is_the_mean_over_their_tokens(base: Path, ids: Path) -> None:
+    tokens = read_ids(ids, torch.device("cpu"))
+    model = load(base)
+    single = mean_loss(model, tokens, 24, 5, torch.float32, batch=1)
+    assert mean_loss(model, tokens, 24, 5, torch.float32) == pytest.approx(single)
+
+
+def test_every_flag_of_the_study_is_one_that_its_script_knows() -> None:
+    args = argparse.Namespace(
+        corpus="c",
+        small_corpus="s",
+        own="o",
+        tokenizer="t",
+        retrofit_steps=1,
+        scratch_steps=1,
+        final_steps=1,
+        tiny_steps=1,
+        seeds=[0, 1],
+    )
+    scripts = {"retrofit": retrofit, "scratch": scratch}
+    for runs in study.chains(args).values():
+        for run in runs:
+            first = ["base"] if run.script == "retrofit" else []
+            scripts[run.script].arguments().parse_args([*first, "out", *run.flags.split()])
