@@ -207,6 +207,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     dtype: str
     kv_bytes_per_token: int
     conv_bytes_per_sequence: int
+    recurrent_bytes_per_sequence: int = 0
     page_pool_bytes: int
     weight_bytes: int
     replay_length: int | None

@@ -87,6 +87,7 @@ def start_engine(config: EngineConfig) -> tuple[EngineCore, EngineInfo]:
         dtype=str(model.dtype).removeprefix("torch."),
         kv_bytes_per_token=spec.kv_bytes_per_token,
         conv_bytes_per_sequence=spec.conv_bytes_per_sequence(sizes.ring_len),
+        recurrent_bytes_per_sequence=spec.recurrent_bytes,
         page_pool_bytes=limits.pool_bytes,
         weight_bytes=model.num_elements * model.dtype.itemsize,
         replay_length=spec.replay_length,

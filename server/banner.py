@@ -27,9 +27,14 @@ def banner(info: EngineInfo, engine: EngineConfig, settings: ServerSettings, url
         f"({_size(info.page_pool_bytes)}, {_size(info.kv_bytes_per_token)} a token), "
         f"prefix caching {sharing}",
     ]
-    if info.conv_bytes_per_sequence:
+    state = {
+        "convolutions": info.conv_bytes_per_sequence,
+        "recurrence": info.recurrent_bytes_per_sequence,
+    }
+    if any(state.values()):
+        parts = " and ".join(f"{_size(size)} of {what}" for what, size in state.items() if size)
         lines.append(
-            f"  conv    {info.max_num_seqs} slots of {_size(info.conv_bytes_per_sequence)}, "
+            f"  state   {info.max_num_seqs} slots, each {parts}; "
             f"{info.num_tails} tails for shared prefixes"
         )
     lines.append(

@@ -152,6 +152,11 @@ class EngineFigures(Collector):
                 "Conv state of one sequence.",
                 info.conv_bytes_per_sequence,
             ),
+            (
+                "recurrent_bytes_per_sequence",
+                "Recurrent state of one sequence.",
+                info.recurrent_bytes_per_sequence,
+            ),
             ("page_pool_bytes", "Size of the page pool.", info.page_pool_bytes),
             ("weight_bytes", "Size of the weights.", info.weight_bytes),
         ):

@@ -15,7 +15,7 @@ from convserve.engine.core import EngineCore
 from convserve.engine.messages import GenerateRequest
 from convserve.engine.models import Decoder, load_model
 from convserve.engine.plan import StepPlan, Work
-from convserve.engine.resolve import Limits
+from convserve.engine.resolve import ConfigError, Limits
 from convserve.engine.sequence import Sequence
 from golden import GOLDEN
 from hypothesis import given, settings
@@ -171,6 +171,13 @@ def test_stop_strings_end_a_completion() -> None:
 def test_unknown_and_wrong_options_fail(options: dict[str, Any], words: str) -> None:
     with pytest.raises(TypeError, match=words):
         LLM(GOLDEN / "models" / "hf_llama", **options)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what a CPU cannot do")
+def test_what_needs_a_gpu_is_refused_by_name() -> None:
+    for options in ({"deterministic": True}, {"device": "cuda"}):
+        with pytest.raises(ConfigError, match=f"^{next(iter(options))}: "):
+            LLM(GOLDEN / "models" / "hf_llama", **options)
 
 
 @pytest.mark.parametrize(

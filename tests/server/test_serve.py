@@ -254,10 +254,14 @@ def test_the_banner_says_what_fits() -> None:
     for fact in (
         "serves tiny at http://127.0.0.1:1", "model   llama, conv lowrank, width 4, 1.0 MiB",
         "device  cpu, float32", "64 pages of 16 tokens (1.0 MiB, 1.0 KiB a token)",
-        "prefix caching off", "4 slots of 4.0 KiB, 32 tails", "4 of them at the full 256 tokens",
+        "prefix caching off", "4 slots, each 4.0 KiB of convolutions; 32 tails",
+        "4 of them at the full 256 tokens",
         "page    http://127.0.0.1:1/",
     ):  # fmt: skip
         assert fact in text
+    hybrid = msgspec.structs.replace(info, recurrent_bytes_per_sequence=2048)
+    text = "\n".join(banner(hybrid, engine, SETTINGS, "unix:/s"))
+    assert "each 4.0 KiB of convolutions and 2.0 KiB of recurrence" in text
     plain = msgspec.structs.replace(INFO, conv_bytes_per_sequence=0)
     text = "\n".join(banner(plain, engine, SETTINGS, "unix:/s"))
     assert "slots" not in text
