@@ -101,9 +101,7 @@ class BatchBuilder:
             state=self._state,
             logit_rows=torch.from_numpy(np.array(logit_rows, dtype=np.int64)),
             shared=tuple(shared.tolist()) if (starts < shared).any() else None,
-            logit_seqs=None
-            if any(w.score_rows for w in works)
-            else tuple(i for i, w in enumerate(works) if w.samples),
+            is_scored=any(w.score_rows for w in works),
         )
 
     def _refresh(self, seq: SequenceId) -> None:

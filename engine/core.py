@@ -192,8 +192,8 @@ class EngineCore:
             step_seconds=self._step_seconds,
             scheduler_seconds=self._scheduler_seconds,
             step_seconds_total=self._seconds_total,
-            graph_steps=self._runner.num_graph_steps,
-            padding_rows=self._runner.num_padding_rows,
+            graph_replays=dict(self._runner.graph_replays),
+            padding_tokens=self._runner.num_padding_tokens,
         )
 
     def check_integrity(self) -> None:

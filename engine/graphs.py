@@ -155,7 +155,7 @@ class StepGraphs:
 
     def find(self, batch: ForwardBatch) -> StepGraph | None:
         """The smallest graph that can run the batch; None if none can."""
-        if batch.logit_seqs is None:
+        if batch.is_scored:
             return None
         flat = batch.flat
         rows, seqs = len(batch.token_ids), len(flat.starts)

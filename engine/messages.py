@@ -169,10 +169,10 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     scheduler_seconds: float = 0.0
     """Planning and committing of the last step."""
     step_seconds_total: float = 0.0
-    graph_steps: int = 0
-    """Steps that replayed a captured graph."""
-    padding_rows: int = 0
-    """Rows that belonged to nobody in the graphs of those steps."""
+    graph_replays: dict[int, int] = {}
+    """Steps that replayed a captured graph, by the graph's rows."""
+    padding_tokens: int = 0
+    """Rows of those graphs that belonged to nobody."""
 
 
 class StepReport(msgspec.Struct, frozen=True, tag="step"):

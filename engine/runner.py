@@ -7,6 +7,7 @@ know yet (`FED`) is taken from where the device keeps the last token of each slo
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
@@ -85,8 +86,9 @@ class Runner:
             on_progress: called with (graphs captured, graphs in all).
         """
         self._model = model
-        self.num_graph_steps = 0
-        self.num_padding_rows = 0
+        self.graph_replays: Counter[int] = Counter()
+        """Replayed graphs by their rows."""
+        self.num_padding_tokens = 0
         """Rows of replayed graphs that belonged to nobody."""
         self._last = torch.zeros(limits.sizes.num_slots + 1, dtype=torch.int64, device=device)
         self._staging = Staging(device) if device.type == "cuda" else None
@@ -99,8 +101,8 @@ class Runner:
     def forward(self, batch: ForwardBatch) -> Output:
         """Launches a step of a batch built on the host."""
         if self._graphs is not None and (graph := self._graphs.find(batch)) is not None:
-            self.num_graph_steps += 1
-            self.num_padding_rows += graph.rows - len(batch.token_ids)
+            self.graph_replays[graph.rows] += 1
+            self.num_padding_tokens += graph.rows - len(batch.token_ids)
             return graph.replay(batch)
         if self._staging is not None:
             batch = self._staging.upload(batch)

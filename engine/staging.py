@@ -139,7 +139,7 @@ class Staging:
             uploaded,
             flat=replace(uploaded.flat, spans=batch.flat.spans),
             shared=batch.shared,
-            logit_seqs=batch.logit_seqs,
+            is_scored=batch.is_scored,
         )
 
     def upload_padded(self, batch: ForwardBatch, shape: StepShape, target: Tensor) -> None:

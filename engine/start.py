@@ -140,8 +140,8 @@ def _load(config: EngineConfig, folder: Path, device: torch.device) -> Decoder:
 def _check_deterministic(config: EngineConfig, model: ModelConfig, device: torch.device) -> None:
     if device.type != "cuda":
         raise ConfigError(f"deterministic: needs a CUDA device, and this engine runs on {device}")
-    if model.experts is not None:
-        raise ConfigError("deterministic: not for models with experts")
+    if model.has_recurrence:
+        raise ConfigError("deterministic: not for models with recurrent layers")
     if config.backend != "auto":
         raise ConfigError(f"deterministic: not with backend {config.backend}")
 

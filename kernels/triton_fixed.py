@@ -18,30 +18,66 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import triton_chunk_attention, triton_mlp, triton_moe, tuning
+from . import triton_chunk_attention, triton_conv, triton_moe, triton_qkv, tuning
+from .ops import Ops
+from .triton_norm import norm_qk
 from .triton_ops import TritonOps
 
 if TYPE_CHECKING:
     from .batch import FlatBatch
     from .filters import ConvFilter
-    from .ops import PackedLinear
+    from .ops import PackedLinear, QKNorm
 
 ROWS, COLUMNS, DEPTH = 64, 32, 128
 """Tile of the one GEMM: rows of x, outputs, and inputs per step."""
+
+LOWRANK_TILE = tuning.ConvTile(16, 64, 4)
+CONV_TILE = tuning.ConvTile(4, 128, 4)
+ROPE_TILE = tuning.ConvTile(8, 64, 4)
 
 
 class FixedTritonOps(TritonOps):
     """See the module."""
 
     name = "triton, deterministic"
+    # Each op of its own in its own launch, as the reference composes them.
+    silu_linear = Ops.silu_linear
+    conv_add_rms_norm = Ops.conv_add_rms_norm
 
     def linear(self, x: Tensor, packed: PackedLinear) -> Tensor:
         """See `Ops.linear`."""
         return fixed_linear(x, packed.weight, packed.bias)
 
-    def silu_linear(self, x: Tensor, packed: PackedLinear, batch: FlatBatch) -> Tensor:
-        """See `Ops.silu_linear`. In two launches."""
-        return self.conv_silu_mul(self.linear(x, packed), None, None, None, batch)
+    def conv(
+        self, x: Tensor, z: Tensor | None, filters: ConvFilter, ring: Tensor, batch: FlatBatch
+    ) -> Tensor:
+        """See `Ops.conv`. Filters are summed in one order: a tuned tile makes them in several."""
+        tile = LOWRANK_TILE if filters.kind == "lowrank" else CONV_TILE
+        return triton_conv.conv(x, z, filters, ring, batch, tile=tile)
+
+    def qkv_rope_write(
+        self,
+        qkv: Tensor,
+        z: Tensor | None,
+        filters: ConvFilter | None,
+        ring: Tensor | None,
+        norm: QKNorm | None,
+        rope: Tensor,
+        k_pages: Tensor,
+        v_pages: Tensor,
+        batch: FlatBatch,
+    ) -> Tensor:
+        """See `Ops.qkv_rope_write`. The convolution in a launch of its own."""
+        if filters is not None:
+            assert ring is not None
+            if norm is not None and norm.order == "norm_first":
+                head_dim, kv_heads = k_pages.shape[3], k_pages.shape[1]
+                q_heads = qkv.shape[1] // head_dim - 2 * kv_heads
+                qkv, norm = norm_qk(qkv, norm, q_heads, kv_heads, head_dim), None
+            qkv = self.conv(qkv, z, filters, ring, batch)
+        return triton_qkv.qkv_rope_write(
+            qkv, None, None, None, norm, rope, k_pages, v_pages, batch, tile=ROPE_TILE
+        )
 
     def moe(
         self,
@@ -74,23 +110,6 @@ class FixedTritonOps(TritonOps):
         )
         return out
 
-    def conv_add_rms_norm(
-        self,
-        x: Tensor,
-        z: Tensor | None,
-        filters: ConvFilter | None,
-        ring: Tensor | None,
-        residual: Tensor,
-        weight: Tensor,
-        eps: float,
-        batch: FlatBatch,
-    ) -> tuple[Tensor, Tensor]:
-        """See `Ops.conv_add_rms_norm`. In two launches for any run, as long runs need."""
-        if filters is not None:
-            assert ring is not None
-            x = self.conv(x, z, filters, ring, batch)
-        return self.add_rms_norm(x, residual, weight, eps)
-
     def conv_silu_mul(
         self,
         gate_up: Tensor,
@@ -103,7 +122,7 @@ class FixedTritonOps(TritonOps):
         if filters is not None:
             assert ring is not None
             gate_up = self.conv(gate_up, z, filters, ring, batch)
-        return triton_mlp.silu_mul(gate_up)
+        return super().conv_silu_mul(gate_up, None, None, None, batch)
 
 
 @triton.jit(do_not_specialize=["rows"])

@@ -78,8 +78,9 @@ _ENGINE_COUNTERS = (
     _StatRow("preemptions", "Sequences preempted.", lambda s: s.preemptions, "num_preemptions"),
     _StatRow("steps", "Engine steps.", lambda s: s.steps),
     _StatRow("step_seconds", "Time spent in steps.", lambda s: s.step_seconds_total),
-    _StatRow("graph_steps", "Steps that replayed a CUDA graph.", lambda s: s.graph_steps),
-    _StatRow("padding_rows", "Rows of those graphs that were nobody's.", lambda s: s.padding_rows),
+    _StatRow(
+        "padding_tokens", "Rows of replayed graphs that were nobody's.", lambda s: s.padding_tokens
+    ),
 )
 
 
@@ -110,6 +111,14 @@ class EngineFigures(Collector):
             self._totals[position] += max(0.0, value - self._last[position])
             self._last[position] = value
             yield from self._families(CounterMetricFamily, row, self._totals[position])
+        replays = CounterMetricFamily(
+            "convserve_graph_replay",
+            "Steps that replayed a CUDA graph of so many rows.",
+            labels=[*self._labels, "padded_size"],
+        )
+        for rows, count in sorted(stats.graph_replays.items()):
+            replays.add_metric([*self._labels.values(), str(rows)], count)
+        yield replays
         yield _gauge(
             "convserve_live_sequences", "Sequences in the server.", self._labels, self._live()
         )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from .conv_config import ConvConfig, parse_conv
 from .errors import ModelError
 from .families import FAMILIES, Family
-from .mixers import Attention, Mixer, parse_gated_delta, parse_mamba2
+from .mixers import Attention, GatedDelta, Mamba2, Mixer, parse_gated_delta, parse_mamba2
 from .mixers import positive as _int
 from .rope import RopeConfig, parse_rope
 
@@ -93,6 +93,11 @@ class ModelConfig:
     def has_attention(self) -> bool:
         """A layer has attention."""
         return any(isinstance(m, Attention) for m in self.mixers)
+
+    @property
+    def has_recurrence(self) -> bool:
+        """A layer's state moves on with every token and cannot be rebuilt from the last few."""
+        return any(isinstance(m, (GatedDelta, Mamba2)) for m in self.mixers)
 
     def conv_of(self, layer: int) -> ConvConfig | None:
         """The convolutions of one layer's attention and MLP, if it has any."""

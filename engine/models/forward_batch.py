@@ -30,8 +30,8 @@ class ForwardBatch:
     shared: tuple[int, ...] | None = None
     """Per sequence, the position below which rows are a replay: run again for the conv windows
     alone. None if the step has no such rows."""
-    logit_seqs: tuple[int, ...] | None = None
-    """The sequences whose last rows are the wanted ones; None if other rows are wanted too."""
+    is_scored: bool = False
+    """Logits of other rows than the last one of a sequence are wanted too."""
 
     def to(self, device: torch.device) -> ForwardBatch:
         """The same batch with its tensors on `device`; the state is where it is."""

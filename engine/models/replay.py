@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .mixers import GatedDelta, Mamba2, ShortConv
+from .mixers import ShortConv
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,7 +49,7 @@ def tokens_needed(config: ModelConfig) -> tuple[int, ...]:
 
 def replay_length(config: ModelConfig) -> int | None:
     """N of the whole model; None if it has recurrent state, which needs every token."""
-    if any(isinstance(m, (GatedDelta, Mamba2)) for m in config.mixers):
+    if config.has_recurrence:
         return None
     return tokens_needed(config)[0]
 

@@ -102,12 +102,15 @@ async def test_metrics_count_what_happened(connect: Callable[..., Any]) -> None:
         pages_kept=8, tails_total=5, tails_stored=4, tails_evicted=3, prefix_queries=50,
         prefix_hits=20, replayed_tokens=9,
         preemptions=1, prompt_tokens=100, generation_tokens=200, steps=9, step_seconds_total=0.5,
+        graph_replays={1: 4, 16: 5}, padding_tokens=6,
     )  # fmt: skip
     async with connect(engine) as client:
         before = await scrape(client)
         await client.post("/v1/completions", json={"prompt": "abc", "n": 2, "max_tokens": 7})
         await client.post("/v1/completions", json={"prompt": ""})
         after = await scrape(client)
+    assert after["convserve_graph_replay_total|model_name=tiny|padded_size=16"] == 5
+    assert after["convserve_padding_tokens_total|model_name=tiny"] == 6
     for prefix, extra in (("convserve_", ""), ("vllm:", "|engine=0")):
         model = "|model_name=tiny"
         for name, value in {
