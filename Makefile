@@ -16,11 +16,11 @@ TORCH_INDEX ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help env serve test test-gpu sanitize-gpu test-clients lint format bench bench-gpu bench-kernels clean
+.PHONY: help env serve test test-gpu sanitize-gpu soak-gpu test-clients lint format bench bench-gpu bench-kernels clean
 
 help:
 	@echo "make serve [MODEL=folder|file.gguf] [ARGS='--port 8001']   serve a model over HTTP"
-	@echo "make test | test-gpu | sanitize-gpu                        run tests"
+	@echo "make test | test-gpu | sanitize-gpu | soak-gpu             run tests"
 	@echo "make test-clients                                          run LiteLLM, lm-eval, GuideLLM and AIPerf on it"
 	@echo "make lint | format                                         check or fix style, check types"
 	@echo "make bench | bench-gpu | bench-kernels                     measure"
@@ -55,6 +55,10 @@ test-gpu: env
 sanitize-gpu: env
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 \
 		$(PYTEST) tests/kernels -k "triton and not captured" --timeout 0
+
+# Ten minutes of random traffic for each of some models.
+soak-gpu: env
+	$(PYTEST) tests/engine/test_gpu_soak.py -m soak --log-cli-level WARNING
 
 # Other people's clients, in an environment of their own, against a server with the default model.
 $(CLIENTS)/.installed: tests/clients/requirements.txt $(INSTALLED)

@@ -1,6 +1,6 @@
 """The engine on a GPU: steps, prompts, whole loads and first tokens of the 1.42 B shape.
 
-    python bench/gpu_engine.py [steps] [load] [prefix] [profile] [deterministic]
+    python bench/gpu_engine.py [steps] [load] [prefix] [profile] [deterministic] [start]
 
 Needs no installation: it links the rooms into a temporary package. Weights are random (hidden 2048,
 24 layers, 16 heads of 128, SwiGLU 5504, vocabulary 100352, tied), plain and with low-rank
@@ -9,10 +9,13 @@ convolutions; everything runs as the engine runs it, scheduler, copies, sampling
 
 from __future__ import annotations
 
+import gc
+import math
 import statistics
 import sys
 import time
 import traceback
+from dataclasses import dataclass, field
 from typing import Any
 
 import _import  # noqa: F401  (makes `convserve` importable)
@@ -89,11 +92,12 @@ def core_of(
 
 
 def generating(model: Decoder, batch: int, context: int, **options: Any) -> EngineCore:
-    """An engine in which `batch` sequences of that context have begun to generate."""
-    core = core_of(model, batch, context + 160, prefix_caching=False, **options)
-    params = SamplingParams(temperature=0, max_tokens=160)
+    """An engine in which `batch` sequences have begun to generate, to be of that context on average
+    over the next 120 steps."""
+    core = core_of(model, batch, context + 192, prefix_caching=False, **options)
+    params = SamplingParams(temperature=0, max_tokens=192)
     for i in range(batch):
-        core.add(GenerateRequest(request_id=str(i), prompt=prompt(context), params=params))
+        core.add(GenerateRequest(request_id=str(i), prompt=prompt(context - 64), params=params))
     while core.stats().step_tokens != batch or core.stats().steps < 4:
         core.step()
     for _ in range(3):
@@ -101,46 +105,68 @@ def generating(model: Decoder, batch: int, context: int, **options: Any) -> Engi
     return core
 
 
-def window(core: EngineCore, count: int) -> list[float]:
-    """Milliseconds between the results of successive steps, as a client sees them."""
-    core.step()
-    times: list[float] = []
-    last = time.perf_counter()
-    for _ in range(count):
-        core.step()
-        now = time.perf_counter()
-        times.append((now - last) * 1e3)
-        last = now
-    return times
+@dataclass
+class Window:
+    """What successive steps took."""
+
+    ms: list[float] = field(default_factory=list)
+    """Between the results of one and the next, as a client sees them."""
+    host_us: list[float] = field(default_factory=list)
+    """Planning and committing."""
+    idle_ms: float = 0.0
+    """The device without work."""
+
+    @property
+    def median(self) -> float:
+        """Milliseconds of a step."""
+        return statistics.median(self.ms)
+
+    def run(self, core: EngineCore, count: int) -> Window:
+        """Adds so many steps."""
+        for _ in range(3):  # the device may have stood idle for another engine's sake
+            core.step()
+        idle = core.stats().gpu_idle_seconds
+        last = time.perf_counter()
+        for _ in range(count):
+            core.step()
+            now = time.perf_counter()
+            self.ms.append((now - last) * 1e3)
+            last = now
+            self.host_us.append(core.stats().scheduler_seconds * 1e6)
+        self.idle_ms += (core.stats().gpu_idle_seconds - idle) * 1e3
+        return self
 
 
-def steps(batches: tuple[int, ...] = (1, 8, 32, 64, 128), context: int = 1024) -> None:
+def steps(batches: tuple[int, ...] = (1, 8, 32, 64, 128, 256), context: int = 1024) -> None:
     """Steps while all sequences generate: every kind in turn, several times, in one process."""
     models = {kind: random_model(kind) for kind in PLACEMENTS}
     for batch in batches:
         kinds = [k for k in PLACEMENTS if k != "all" or batch <= 64]
+        windows = {kind: Window() for kind in kinds}
         started = time.perf_counter()
-        cores = {kind: generating(models[kind][0], batch, context) for kind in kinds}
-        ready = time.perf_counter() - started
-        times: dict[str, list[float]] = {kind: [] for kind in kinds}
-        for _ in range(4):
-            for kind in kinds:
-                times[kind] += window(cores[kind], 25)
+        # In turn where their keys and values fit beside each other.
+        for group in [kinds] if batch <= 64 else [[kind] for kind in kinds]:
+            cores = {kind: generating(models[kind][0], batch, context) for kind in group}
+            for _ in range(4):
+                for kind in group:
+                    windows[kind].run(cores[kind], 25)
+            del cores
+            gc.collect()
+            torch.cuda.empty_cache()
+        took = time.perf_counter() - started
         model, weights = models["plain"]
         floor = (weights + model.state_spec.kv_bytes_per_token * context * batch) / BANDWIDTH * 1e3
-        host = {k: c.stats().scheduler_seconds * 1e6 for k, c in cores.items()}
-        del cores
-        torch.cuda.empty_cache()
         text = "  ".join(
-            f"{kind} {statistics.median(t):6.3f} [{sorted(t)[10]:.3f} {sorted(t)[-10]:.3f}] "
-            f"{statistics.median(t) / floor:4.2f}x host {host[kind]:.0f} us"
-            for kind, t in times.items()
+            f"{kind} {w.median:6.3f} [{sorted(w.ms)[10]:.3f} {sorted(w.ms)[-10]:.3f}] "
+            f"{w.median / floor:4.2f}x idle {w.idle_ms / sum(w.ms):.1%} "
+            f"host {statistics.median(w.host_us):.0f} us (mean {statistics.mean(w.host_us):.0f})"
+            for kind, w in windows.items()
         )
-        base = torch_step_ms(batch, context)
+        base = torch_step_ms(batch, context) if batch <= 128 else math.nan
         torch.cuda.empty_cache()
         print(
             f"step ms, batch {batch:3}, context {context}: floor {floor:5.2f}  torch {base:6.3f}  "
-            f"{text}  (made in {ready:.1f} s)",
+            f"{text}  ({took:.1f} s)",
             flush=True,
         )
 
@@ -214,7 +240,7 @@ def deterministic(context: int = 1024) -> None:
         model, _ = random_model("q k v", backend)
         for batch in (1, 32, 64):
             core = generating(model, batch, context)
-            ms = statistics.median(window(core, 50))
+            ms = Window().run(core, 50).median
             print(f"{backend:14} batch {batch:3}: step {ms:.3f} ms", flush=True)
             del core
             torch.cuda.empty_cache()
@@ -228,7 +254,7 @@ def profile(context: int = 1024) -> None:
     model, _ = random_model("q k v")
     for batch in (1, 8, 64):
         core = generating(model, batch, context)
-        window(core, 5)
+        Window().run(core, 5)
         torch.cuda.synchronize()
         with trace(activities=[ProfilerActivity.CUDA]) as traced:
             started = time.perf_counter()
@@ -248,9 +274,19 @@ def profile(context: int = 1024) -> None:
         torch.cuda.empty_cache()
 
 
+def start(seqs: int = 256, length: int = 4096) -> None:
+    """Until an engine of the default size could take its first request, weights being there: every
+    kernel compiled, or taken from TRITON_CACHE_DIR, and every graph captured."""
+    model, _ = random_model("q k v")
+    started = time.perf_counter()
+    core = core_of(model, seqs, length // 8, 2048, 64)
+    print(f"ready in {time.perf_counter() - started:.1f} s", flush=True)
+    del core
+
+
 def main() -> int:
     """Runs the named parts, or steps, load and prefix."""
-    parts = {f.__name__: f for f in (steps, load, prefix, profile, deterministic)}
+    parts = {f.__name__: f for f in (steps, load, prefix, profile, deterministic, start)}
     wanted = sys.argv[1:] or ["steps", "load", "prefix"]
     if unknown := set(wanted) - set(parts):
         print(f"no part {', '.join(sorted(unknown))}; there are {', '.join(parts)}")

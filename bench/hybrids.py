@@ -1,19 +1,22 @@
-"""Hybrid families on a GPU: golden checkpoints, the recurrent ops, and the engine's own steps.
+"""Hybrid families on a GPU: golden checkpoints, and the engine's own steps.
 
-    python bench/hybrids.py [golden] [ops] [steps] [load] [profile] [--tiny] [--device cpu]
+    python bench/hybrids.py [golden] [chain] [steps] [load] [profile] [--only NAME] [--counts 1 8]
 
-Needs no installation. Jet-Nemotron-2B and LFM2-1.2B are their published shapes with random weights;
-everything runs as the engine runs it. Floors are bytes over the bandwidth that a read reaches:
-weights once, keys and values that attention sees, recurrent state in and out, conv windows.
-`--tiny` shrinks the shapes, to try the script out where there is no GPU.
+Needs no installation. Jet-Nemotron-2B and LFM2-1.2B are their published shapes with random weights.
+chain: the kernels of a step in a graph, without an engine around them. steps: the engine as it
+runs, with graphs for the measured sizes alone, prompts included. Floors are bytes over the
+bandwidth that a read reaches: weights once, keys and values that attention sees, recurrent state in
+and out, conv windows. `--tiny` shrinks the shapes, to try the script out where there is no GPU.
+`hybrid_layers.py` has single layers, beside other people's kernels.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import time
-import traceback
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,88 +25,40 @@ from typing import TYPE_CHECKING, Any
 import _import  # noqa: F401  (makes `convserve` importable)
 import torch
 from convserve.cache import CacheSizes
-from convserve.engine.core import EngineCore
-from convserve.engine.messages import GenerateRequest, SamplingParams
-from convserve.engine.models import load_model
+from convserve.cache.storage import CacheStorage
+from convserve.engine import graphs
+from convserve.engine.models import ForwardBatch, load_model
 from convserve.engine.models.config import parse_config
 from convserve.engine.models.decoder import Decoder
 from convserve.engine.models.mixers import Attention
 from convserve.engine.resolve import Limits
-from convserve.kernels import select_ops
+from convserve.kernels import FlatBatch, select_ops
+from convserve.kernels.triton_compile import compiling
+from hybrid_cases import BANDWIDTH, SHAPES, RandomReader, attempt, graph_times
 from safetensors.torch import load_file
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from contextlib import AbstractContextManager
+
+    from convserve.cache import LayerState
+    from convserve.engine.core import EngineCore
+    from convserve.engine.staging import StepShape
 
 GOLDEN = Path(__file__).parent.parent / "tests" / "data" / "golden" / "models"
-BANDWIDTH = 3.108e12
-"""Bytes per second that a read of an H100's memory reaches."""
-
-JET_ATTENTION = {14: "attn", 19: "attn", 20: "swa", 21: "swa"}
-JET: dict[str, Any] = {
-    "model_type": "jet_nemotron",
-    "vocab_size": 151936,
-    "hidden_size": 1536,
-    "intermediate_size": 8960,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 12,
-    "num_key_value_heads": 2,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1e6,
-    "max_position_embeddings": 40960,
-    "tie_word_embeddings": True,
-    "layer_types": [JET_ATTENTION.get(i, "jet") for i in range(28)],
-    "efficient_attention_config": {
-        "jet": {"expand_v": 2.6666666667, "num_heads": 12, "head_dim": 96, "conv_size": 4},
-        "swa": {"window_size": 1152},
-    },
-}
-LFM2: dict[str, Any] = {
-    "model_type": "lfm2",
-    "vocab_size": 65536,
-    "hidden_size": 2048,
-    "intermediate_size": 12288,
-    "num_hidden_layers": 16,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 40960,
-    "full_attn_idxs": [2, 5, 8, 10, 12, 14],
-}
 FAMILIES = ("hf_lfm2", "hf_mamba2", "hf_qwen3_next", "jet_nemotron_tiny")
-SHAPES = {"Jet-Nemotron-2B": JET, "LFM2-1.2B": LFM2}
-
-
-class RandomReader:
-    """Stands where a CheckpointReader does, with random weights of any name."""
-
-    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
-        self._dtype, self._device = dtype, device
-        self.total_elements = 0
-
-    def __contains__(self, name: str) -> bool:
-        return False
-
-    def take(
-        self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None
-    ) -> torch.Tensor:
-        """A random tensor, scaled so that activations keep their size."""
-        self.total_elements += torch.Size(shape).numel()
-        dtype = dtype or self._dtype
-        if name.endswith("norm.weight"):
-            return torch.ones(shape, dtype=dtype, device=self._device)
-        scale = shape[-1] ** -0.5 if len(shape) > 1 else 0.5
-        return torch.randn(shape, dtype=dtype, device=self._device) * scale
 
 
 class Bench:
     """The parts, on one device."""
 
-    def __init__(self, device: torch.device, tiny: bool, only: str) -> None:
-        self.device, self.tiny = device, tiny
-        self.shapes = [name for name in SHAPES if only in name]
-        self.families = [name for name in FAMILIES if only in name]
+    def __init__(self, device: torch.device, args: argparse.Namespace) -> None:
+        self.device, self.tiny, self.compilers = device, args.tiny, args.compilers
+        self.shapes = [name for name in SHAPES if args.only in name]
+        self.families = [name for name in FAMILIES if args.only in name]
         self.dtype = torch.bfloat16
-        self.counts = (1, 2) if tiny else (1, 8, 64)
+        self.counts = [1, 2] if self.tiny else args.counts
+        short, long = (40, 90) if self.tiny else (1024, 32768)
+        self.cells = [(n, short) for n in self.counts] + [(n, long) for n in self.counts if n <= 8]
 
     def model(self, name: str) -> tuple[Decoder, int]:
         """A random model, and its bytes of weights."""
@@ -123,13 +78,38 @@ class Bench:
 
     def core(self, model: Decoder, seqs: int, tokens: int, longest: int, tails: int) -> EngineCore:
         """An engine for so many sequences with `tokens` tokens in all."""
+        from convserve.engine.core import EngineCore
+
         sizes = CacheSizes(
             -(-tokens // 16) + seqs + 8, 16, seqs, model.state_spec.ring_len(), tails
         )
-        budget = 64 if self.tiny else 1024
-        return EngineCore(
-            model, Limits(sizes, longest, budget, 0), (), self.device, prefix_caching=tails > 0
+        limits = Limits(sizes, longest, 64 if self.tiny else 1024, 0)
+        started = time.perf_counter()
+        self.compile_steps(model, limits)
+        compiled = time.perf_counter()
+        core = EngineCore(model, limits, (), self.device, prefix_caching=tails > 0)
+        print(
+            f"engine for {seqs} sequences: kernels compiled in {compiled - started:.1f} s, "
+            f"graphs captured in {time.perf_counter() - compiled:.1f} s",
+            flush=True,
         )
+        return core
+
+    def compile_steps(self, model: Decoder, limits: Limits) -> None:
+        """Compiles every kernel that the graphs of an engine will hold."""
+        sizes = replace(limits.sizes, num_pages=16, num_tails=0)
+        if self.device.type != "cuda":
+            return
+        state = CacheStorage(model.state_spec, sizes, self.device).layers
+        with torch.inference_mode(), self.compiler():
+            for shape in graphs.shapes(limits):
+                block = torch.zeros(shape.num_bytes, dtype=torch.uint8, device=self.device)
+                model.argmax(model.forward(shape.batch(block, state)))
+        torch.cuda.synchronize()
+
+    def compiler(self) -> AbstractContextManager[None]:
+        """Compiles what runs inside."""
+        return compiling(self.compilers) if self.device.type == "cuda" else nullcontext()
 
     def golden(self) -> None:
         """Greedy tokens of the golden checkpoints through the whole engine, cold and from cache."""
@@ -138,13 +118,20 @@ class Bench:
                 attempt(f"golden {name} {dtype}", lambda n=name, d=dtype: self._golden(n, d))
 
     def _golden(self, name: str, dtype: torch.dtype) -> None:
+        from convserve.engine.core import EngineCore
+
         model = load_model(GOLDEN / name, dtype, self.device)
         expected = load_file(GOLDEN / name / "expected.safetensors")
         parts: list[str] = []
-        for budget, graphs in ((3, False), (64, True)):
+        for budget, has_graphs in ((3, False), (64, True)):
             sizes = CacheSizes(64, 16, 4, model.state_spec.ring_len(), 8)
             core = EngineCore(
-                model, Limits(sizes, 256, budget, 0), (), self.device, graphs=graphs, poison=True
+                model,
+                Limits(sizes, 256, budget, 0),
+                (),
+                self.device,
+                graphs=has_graphs,
+                poison=True,
             )
             for turn in ("cold", "again"):
                 tokens = generate(core, [expected[f"p{i}.input_ids"].tolist() for i in range(3)])
@@ -157,39 +144,107 @@ class Bench:
             parts.append(f"hits {core.stats().prefix_hits}")
         print(f"golden {name:18} {dtype!s:15} {', '.join(parts)}", flush=True)
 
-    def steps(self) -> None:
-        """Milliseconds of a step while all sequences generate, by batch and context."""
+    def chain(self) -> None:
+        """Milliseconds of the kernels of a step, token ids to token ids, by batch and context."""
         for name in self.shapes:
-            attempt(f"steps {name}", lambda n=name: self._steps(n))
+            attempt(f"chain {name}", lambda n=name: self._chain(n), 150)
+
+    def _chain(self, name: str) -> None:
+        started = time.perf_counter()
+        model, weights = self.model(name)
+        most, ring_len = max(self.counts), model.state_spec.ring_len()
+        tokens = max(n * context for n, context in self.cells)
+        sizes = CacheSizes(tokens // 16 + 2 * most, 16, most, ring_len, 0)
+        state = CacheStorage(model.state_spec, sizes, self.device).layers
+        for layer in state:
+            for tensor in (layer.k_pages, layer.v_pages, layer.recurrent, *layer.rings.values()):
+                if tensor is not None:
+                    tensor.normal_()
+        batches = [self.batch(*cell, ring_len, state) for cell in self.cells]
+        loaded = time.perf_counter()
+        with torch.inference_mode(), self.compiler():
+            for batch in batches:
+                model.argmax(model.forward(batch))
+        compiled = time.perf_counter()
+        print(
+            f"{name}: loaded in {loaded - started:.1f} s, compiled in {compiled - loaded:.1f} s",
+            flush=True,
+        )
+        for (count, context), batch in zip(self.cells, batches, strict=True):
+            attempt(name, partial(self._chain_cell, name, model, weights, count, context, batch))
+
+    def _chain_cell(
+        self, name: str, model: Decoder, weights: int, count: int, context: int, batch: ForwardBatch
+    ) -> None:
+        with torch.inference_mode():
+            if self.device.type != "cuda":
+                model.argmax(model.forward(batch))
+                return
+            times = graph_times([lambda: model.argmax(model.forward(batch))], 30)
+        ms, floor = statistics.median(times) / 1e3, self.floor_ms(model, weights, count, context)
+        print(
+            f"chain {name:16} batch {count:3} context {context:6}: {ms:7.3f} ms "
+            f"[{min(times) / 1e3:.3f} {max(times) / 1e3:.3f}], floor {floor:6.3f} ms "
+            f"({ms / floor:4.2f}x)",
+            flush=True,
+        )
+
+    def batch(
+        self, count: int, context: int, ring_len: int, state: tuple[LayerState, ...]
+    ) -> ForwardBatch:
+        """One token of each of so many sequences with `context` tokens before it."""
+        columns = context // 16 + 1
+        seqs = torch.arange(count, dtype=torch.int32, device=self.device)
+        pages = torch.arange(count * columns, dtype=torch.int32, device=self.device) + 1
+        pages = pages.view(count, columns)
+        rows = seqs.long()
+        flat = FlatBatch(
+            positions=torch.full_like(rows, context),
+            row_seq=seqs,
+            starts=torch.full_like(seqs, context),
+            offsets=torch.arange(count + 1, dtype=torch.int32, device=self.device),
+            slots=seqs + 1,
+            pages=pages,
+            kv_rows=pages[:, -1].long() * 16 + context % 16,
+            ring_rows=(rows + 1) * ring_len + context % ring_len,
+            ring_len=ring_len,
+            max_rows=1,
+            max_len=context + 1,
+            spans=None if self.device.type == "cuda" else ((context, 1),) * count,
+        )
+        return ForwardBatch(torch.randint_like(rows, 0, 500), flat, state, rows)
+
+    def steps(self) -> None:
+        """Milliseconds of an engine's step while all sequences generate, by batch and context."""
+        for name in self.shapes:
+            attempt(f"steps {name}", lambda n=name: self._steps(n), 240)
 
     def _steps(self, name: str) -> None:
         model, weights = self.model(name)
-        short, long = (40, 90) if self.tiny else (768, 32768)
-        started = time.perf_counter()
-        tokens = max(self.counts[-1] * (short + 256), self.counts[1] * (long + 512))
-        core = self.core(model, self.counts[-1], tokens, long + 512, 0)
-        print(f"{name}: engine made in {time.perf_counter() - started:.1f} s", flush=True)
-        for context, counts, output in (
-            (short, self.counts, 255),
-            (long, self.counts[:2], 500),
-        ):
-            for count in counts:
-                prefill = count * context / self._begin(core, count, context, output)
-                times = self._window(core, 10 if self.tiny else 60)
-                core.abort_all()
-                while core.has_work:
-                    core.step()
-                floor = self.floor_ms(model, weights, count, context)
-                ms = statistics.median(times)
-                print(
-                    f"step {name:16} batch {count:3} context {context:6}: {ms:7.3f} ms "
-                    f"[{min(times):.3f} {max(times):.3f}], floor {floor:6.3f} ms "
-                    f"({ms / floor:4.2f}x); prefill {prefill:9,.0f} tok/s",
-                    flush=True,
-                )
+        for count, context in self.cells:
+            attempt(name, partial(self._steps_cell, name, model, weights, count, context), 90)
+
+    def _steps_cell(
+        self, name: str, model: Decoder, weights: int, count: int, context: int
+    ) -> None:
+        output = 45 if self.tiny else 250
+        context -= output // 2  # it grows while it is measured
+        core = self.core(model, count, count * (context + output), context + output, 0)
+        prefill = count * context / self._begin(core, count, context, output)
+        times = self._window(core, 10 if self.tiny else 60)
+        floor = self.floor_ms(model, weights, count, context)
+        ms = statistics.median(times)
+        print(
+            f"step {name:16} batch {count:3} context {context:6}: {ms:7.3f} ms "
+            f"[{min(times):.3f} {max(times):.3f}], floor {floor:6.3f} ms "
+            f"({ms / floor:4.2f}x); prefill {prefill:9,.0f} tok/s",
+            flush=True,
+        )
 
     def _begin(self, core: EngineCore, count: int, context: int, output: int) -> float:
         """Starts so many sequences and runs until all generate; seconds until then."""
+        from convserve.engine.messages import GenerateRequest, SamplingParams
+
         params = SamplingParams(temperature=0, max_tokens=output)
         for i in range(count):
             ids = torch.randint(0, 500, (context,)).tolist()
@@ -268,105 +323,11 @@ class Bench:
             each = f"{cost(event) / turns:9.1f} {event.count / turns:7.1f}"
             print(f"  {each}  {event.key[:70]}", flush=True)
 
-    def ops(self) -> None:
-        """Recurrent ops alone, every candidate launch shape, state of more sets than L2 holds."""
-        from convserve.kernels import triton_recurrent
-
-        step_tile, chunk_tile = triton_recurrent.step_tile, triton_recurrent.chunk_tile
-        for heads, key, value in ((12, 96, 256), (32, 128, 128)):
-            for count in self.counts:
-                parts: list[str] = []
-                for tile in (None, *STEP_TILES):
-                    triton_recurrent.step_tile = _fixed(tile) if tile else step_tile
-                    us = attempt(str(tile), partial(self._delta, heads, key, value, count, 1))
-                    parts.append(f"{tile or 'table'} {us:.1f}" if us else f"{tile} -")
-                floor = 2 * count * heads * key * value * 4 / BANDWIDTH * 1e6
-                text = ", ".join(parts)
-                print(f"delta step {heads}x{key}x{value} batch {count}: floor {floor:.1f}; {text}")
-            triton_recurrent.step_tile = step_tile
-            for count, rows in ((1, 2048), (8, 256)):
-                parts = []
-                for tile in CHUNK_TILES:
-                    triton_recurrent.chunk_tile = _fixed(tile)
-                    us = attempt(str(tile), partial(self._delta, heads, key, value, count, rows))
-                    parts.append(f"{tile} {us:.0f}" if us else f"{tile} -")
-                text = ", ".join(parts)
-                print(f"delta chunk {heads}x{key}x{value}, {count} x {rows} rows: {text}")
-            triton_recurrent.chunk_tile = chunk_tile
-
-    def _delta(self, heads: int, key: int, value: int, count: int, rows: int) -> float:
-        from convserve.kernels import DeltaParts, FlatBatch, triton_recurrent
-
-        def normal(*shape: int, dtype: torch.dtype = self.dtype) -> torch.Tensor:
-            return torch.randn(shape, dtype=dtype, device=self.device)
-
-        wide = torch.float32
-        parts = DeltaParts(
-            heads, heads, key, value, (True, True, False), -normal(heads, dtype=wide).abs(),
-            normal(heads, dtype=wide), normal(value), 1e-5,
-        )  # fmt: skip
-        total = count * rows
-        columns = normal(total, sum(parts.widths) + heads * value + 2 * heads)
-        qkv = columns[:, : sum(parts.widths)]
-        gate = columns[:, sum(parts.widths) :][:, : heads * value]
-        b, a = columns[:, -2 * heads :].chunk(2, dim=1)
-        arange = torch.arange(count, dtype=torch.int32, device=self.device)
-        sets = max(2, min(64, 220_000_000 // (count * heads * key * value * 4)))
-        states = normal(sets, count + 1, heads, key, value, dtype=wide)
-        batch = FlatBatch(
-            positions=torch.arange(rows, device=self.device).repeat(count) + 100,
-            row_seq=arange.repeat_interleave(rows),
-            starts=torch.full_like(arange, 100),
-            offsets=torch.arange(0, total + 1, rows, dtype=torch.int32, device=self.device),
-            slots=arange + 1,
-            pages=torch.zeros((count, 1), dtype=torch.int32, device=self.device),
-            kv_rows=torch.zeros(total, dtype=torch.int64, device=self.device),
-            ring_rows=torch.zeros(total, dtype=torch.int64, device=self.device),
-            ring_len=4,
-            max_rows=rows,
-            max_len=100 + rows,
-        )
-
-        def call(state: torch.Tensor) -> None:
-            triton_recurrent.delta_rule(parts, qkv, None, None, None, gate, b, a, state, batch)
-
-        return graph_us([lambda s=s: call(s) for s in states.unbind(0)])
-
-
-STEP_TILES = (
-    (32, 1, 1), (32, 1, 2), (32, 1, 4), (64, 1, 2), (64, 1, 4), (64, 1, 8), (128, 1, 4),
-    (128, 1, 8), (64, 4, 8), (64, 4, 16), (32, 8, 4), (32, 8, 8), (256, 1, 8), (256, 1, 16),
-)  # fmt: skip
-
-
-CHUNK_TILES = ((16, 1), (16, 2), (32, 1), (32, 2), (32, 4), (64, 2), (64, 4), (64, 8))
-
-
-def _fixed(tile: tuple[int, ...]) -> Callable[..., Any]:
-    return lambda *_: tile
-
-
-def graph_us(calls: list[Callable[[], None]]) -> float:
-    """Microseconds a call, chained in one graph."""
-    calls[0]()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    times: list[float] = []
-    for _ in range(7):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) * 1e3 / len(calls))
-    return statistics.median(times)
-
 
 def generate(core: EngineCore, prompts: list[list[int]], count: int = 16) -> list[list[int]]:
     """Greedy tokens of each prompt, all at once."""
+    from convserve.engine.messages import GenerateRequest, SamplingParams
+
     params = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True)
     tokens: list[list[int]] = [[] for _ in prompts]
     for i, prompt in enumerate(prompts):
@@ -377,32 +338,37 @@ def generate(core: EngineCore, prompts: list[list[int]], count: int = 16) -> lis
     return tokens
 
 
-def attempt(name: str, part: Callable[[], Any]) -> Any:
-    """Runs a part; a failure is printed and does not stop the others."""
-    try:
-        return part()
-    except Exception:
-        print(name, "FAILED\n", traceback.format_exc(limit=-3), flush=True)
-        return None
-    finally:
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+def only_measured(limits: Limits) -> list[StepShape]:
+    """In place of `graphs.shapes`: the full batch at the longest context, and full chunks."""
+    most, longest = limits.sizes.num_slots, limits.max_model_len
+    return [
+        s
+        for s in ALL_SHAPES(limits)
+        if (s.seqs == most and s.max_len == longest and s.max_rows == 1)
+        or s.rows == limits.max_batch_tokens
+    ]
+
+
+ALL_SHAPES = graphs.shapes
 
 
 def main() -> None:
     """Runs the parts that were named, or all."""
-    names = ("golden", "ops", "steps", "load", "profile")
+    names = ("golden", "chain", "steps", "load", "profile")
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("parts", nargs="*", choices=[*names, []], help="all if none is named")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--only", default="", help="models whose names hold this")
+    parser.add_argument("--compilers", type=int, default=os.cpu_count(), help="threads")
+    parser.add_argument("--counts", type=int, nargs="+", default=[1, 8, 64], metavar="N")
     args = parser.parse_args()
     device = torch.device(args.device)
     if device.type == "cuda":
         print(torch.cuda.get_device_name(), "torch", torch.__version__)
-    bench = Bench(device, args.tiny, args.only)
+    bench = Bench(device, args)
     for name in args.parts or names:
+        graphs.shapes = only_measured if name == "steps" else ALL_SHAPES
         started = time.perf_counter()
         getattr(bench, name)()
         print(f"-- {name}: {time.perf_counter() - started:.1f} s", flush=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import paged_peer
 import torch
 import torch.nn.functional as F
 from convserve.kernels import ConvFilter, FlatBatch, Ops, Stream
@@ -18,7 +19,7 @@ from convserve.kernels.triton_linear import linear
 from convserve.kernels.triton_mlp import conv_silu_mul, silu_mul
 from convserve.kernels.triton_norm import add_rms_norm
 from convserve.kernels.triton_qkv import qkv_rope_write
-from convserve.kernels.tuning import ChunkTile, ConvTile, LinearTile, SplitTile
+from convserve.kernels.tuning import ChunkTile, ConvTile, DecodeTile, LinearTile, SplitTile
 
 H, HEADS, DIM, INNER, VOCAB = 2048, 16, 128, 5504, 100352
 WIDTH, RANK = 4, 16
@@ -92,9 +93,10 @@ def conv_candidates(rows: int, tune: bool) -> dict[str, ConvTile | None]:
 
 
 def tile_name(t: ConvTile) -> str:
-    return f"{t.generate}:{t.rows}x{t.channels}w{t.warps}" + (
-        f"r{t.repeat}" if t.repeat > 1 else ""
-    )
+    repeat = f"r{t.repeat}" if t.repeat > 1 else ""
+    stages = f"s{t.stages}" if t.stages > 1 else ""
+    registers = f"g{t.registers}" if t.registers else ""
+    return f"{t.generate}:{t.rows}x{t.channels}w{t.warps}{repeat}{stages}{registers}"
 
 
 def decode_conv(tune: bool) -> Iterator[dict[str, Any]]:
@@ -165,9 +167,19 @@ def prefill_conv(tune: bool) -> Iterator[dict[str, Any]]:
             rope = torch.randn(rows, DIM, device="cuda")
             pages = int(batch.pages.max()) + 1
             if kind == "lowrank":
-                tiles = [ConvTile(64, 32, 1, "runs"), ConvTile(128, 32, 1, "runs"),
-                         ConvTile(64, 32, 4, "swap"), ConvTile(64, 32, 4, "swap", 4)]  # fmt: skip
-                fused = [ConvTile(64, 32, 4, "swap"), ConvTile(64, 32, 4, "swap", 4)]
+                tiles = [
+                    ConvTile(m, n, n // 32, "runs", stages=3, registers=r)
+                    for m in (128, 256, 512)
+                    for n in (32, 64, 128)
+                    for r in (0, 168)
+                ]
+                tiles += [ConvTile(64, 32, 4, "swap")]
+                fused = [
+                    ConvTile(m, 64, w, "runs", stages=2, registers=r)
+                    for m in (128, 256, 512)
+                    for w, r in ((2, 0), (4, 0), (4, 168))
+                ]
+                fused += [ConvTile(64, 32, 4, "swap")]
             else:
                 tiles = [ConvTile(m, n, 1, "runs") for m, n in ((4, 256), (8, 256), (4, 128))]
                 fused = [ConvTile(8, 64, 4), ConvTile(4, 64, 2), ConvTile(16, 64, 1, "runs"),
@@ -252,7 +264,7 @@ def decode_attention(tune: bool) -> Iterator[dict[str, Any]]:
         (32, 4096),
         (64, 4096),
     ]
-    for seqs, context in shapes[:3] if tune else shapes:
+    for seqs, context in shapes[:5] if tune else shapes:
         for page in (16, 64, 256) if not tune else (16,):
             batch = make_batch(seqs, 1, context - 1, page)
 
@@ -263,22 +275,15 @@ def decode_attention(tune: bool) -> Iterator[dict[str, Any]]:
                 pages = int(batch.pages.max()) + 1
                 k, v = (normal(pages, HEADS, page, DIM) for _ in range(2))
                 out = torch.empty(seqs, HEADS * DIM, dtype=BF16, device="cuda")
-                tiles: dict[str, SplitTile | None] = {"ours": None}
+                tiles: dict[str, SplitTile | DecodeTile | None] = {"ours": None}
                 if tune:
-                    tiles = {}
-                    full = max(1, 528 // (seqs * HEADS))
-                    for splits in sorted({min(full, context // 32), min(full, context // 64)}):
-                        for keys, warps, stages in (
-                            (64, 4, 2), (64, 4, 3), (32, 4, 3), (32, 4, 4), (64, 8, 2), (64, 8, 3),
-                            (32, 2, 3), (128, 8, 2), (128, 4, 2),
-                        ):  # fmt: skip
-                            tiles[f"{keys}w{warps}s{stages}/{splits}"] = SplitTile(
-                                keys, splits, warps, stages
-                            )
+                    tiles = {decode_name(t): t for t in decode_candidates(seqs)}
                 calls: Calls = {
                     n: (lambda t=t: split_attention.split(q, k, v, batch, 0.088, None, out, 1, t))
                     for n, t in tiles.items()
                 }
+                if page == paged_peer.PAGE and paged_peer.missing() is None:
+                    calls["torch varlen_attn, paged"] = paged_peer.attention(q, k, v, batch, 0.088)
                 if page == 16:
                     kc, vc = (
                         p[1 : 1 + seqs * context // page].view(seqs, HEADS, context, DIM)
@@ -291,6 +296,26 @@ def decode_attention(tune: bool) -> Iterator[dict[str, Any]]:
 
             size = seqs * context * HEADS * DIM * 4
             yield {"name": f"{seqs} x {context} page {page}", "bytes": size, "make": make}
+
+
+def decode_candidates(seqs: int) -> list[SplitTile | DecodeTile]:
+    """Parts of a context such that all programs of a launch run at once, or nearly."""
+    heads = seqs * HEADS
+    tiles: list[SplitTile | DecodeTile] = [
+        SplitTile(64, max(1, min(528 // heads, 16)), 8 if heads <= 528 else 4, 2)
+    ]
+    for keys, warps, ahead, programs in (
+        (4, 4, 1, 528), (4, 4, 2, 396), (4, 2, 1, 1188), (4, 2, 2, 924), (2, 4, 2, 792),
+        (2, 4, 4, 528), (4, 4, 3, 396),
+    ):  # fmt: skip
+        for splits in sorted({max(1, min(n // heads, 32)) for n in (programs, 2 * programs)}):
+            tiles.append(DecodeTile(keys, splits, warps, ahead))
+    return tiles
+
+
+def decode_name(t: SplitTile | DecodeTile) -> str:
+    kind = f"row a{t.ahead}" if isinstance(t, DecodeTile) else f"tile s{t.stages}"
+    return f"{kind} {t.keys}w{t.warps}/{t.splits}"
 
 
 def chunk(tune: bool) -> Iterator[dict[str, Any]]:
@@ -315,6 +340,12 @@ def chunk(tune: bool) -> Iterator[dict[str, Any]]:
                 n: (lambda t=t: chunk_attention.chunk(q, k, v, batch, 0.088, None, out, 1, t))
                 for n, t in tiles.items()
             }
+            if paged_peer.missing() is None:
+                peer_batch = make_batch(seqs, rows, start, paged_peer.PAGE)
+                shape = (int(peer_batch.pages.max()) + 1, HEADS, paged_peer.PAGE, DIM)
+                calls["torch varlen_attn, paged"] = paged_peer.attention(
+                    q, normal(*shape), normal(*shape), peer_batch, 0.088
+                )
             if start == 0:
                 qc, kc, vc = (normal(seqs, HEADS, rows, DIM) for _ in range(3))
                 calls["SDPA contiguous"] = lambda: F.scaled_dot_product_attention(

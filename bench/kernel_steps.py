@@ -26,8 +26,11 @@ from convserve.kernels import (
     triton_launch,
     triton_moe,
 )
+from convserve.kernels.triton_linear import linear_parts, silu_linear
+from convserve.kernels.triton_mlp import silu_mul
+from convserve.kernels.triton_norm import add_rms_norm
 from convserve.kernels.triton_ops import TritonOps
-from convserve.kernels.tuning import ExpertTile
+from convserve.kernels.tuning import ExpertTile, LinearTile
 from kernel_cases import DIM, HEADS, INNER, RANK, VOCAB, WIDTH, Calls, H, make_batch
 from kernel_cases import normal as unit
 
@@ -121,12 +124,55 @@ def linear_chain(tune: bool) -> Iterator[dict[str, Any]]:
         yield {"name": f"linears rows {rows}", "bytes": size, "make": make, "set_bytes": 1 << 28}
 
 
+def linear_pairs(tune: bool) -> Iterator[dict[str, Any]]:
+    """Linear layers with what follows them: SiLU product, or residual and norm; beside cuBLAS."""
+    pairs = {"gate_up, SiLU": (2 * INNER, H), "o, norm": (H, H), "down, norm": (H, INNER)}
+    for rows in (8, 16, 32, 64, 128):
+        for name, (outputs, depth) in pairs.items():
+
+            def make(rows: int = rows, outputs: int = outputs, depth: int = depth) -> Calls:
+                x, layer = normal(rows, depth), packed(outputs, depth)
+                residual, weight = normal(rows, H), normal(H)
+                batch = make_batch(rows, 1, 1)
+                gated = outputs != H
+
+                def cublas() -> object:
+                    y = F.linear(x, layer.weight)
+                    return silu_mul(y) if gated else add_rms_norm(y, residual, weight, 1e-5)
+
+                def ours(tile: LinearTile | None = None) -> object:
+                    if gated:
+                        if tile is None:
+                            return OPS.silu_linear(x, layer, batch)
+                        return silu_linear(x, layer.weight, None, tile)
+                    if tile is None:
+                        return OPS.linear_add_rms_norm(x, layer, residual, weight, 1e-5)
+                    sums = linear_parts(x, layer.weight, None, tile)
+                    assert sums is not None
+                    return add_rms_norm(sums, residual, weight, 1e-5)
+
+                calls: Calls = {"ours": ours, "cuBLAS": cublas}
+                if tune:
+                    m = max(8, rows)
+                    for n, k, w, s, early, parts in (
+                        (64, 128, 4, 3, 0, 1), (64, 128, 4, 3, 4, 1), (64, 64, 4, 4, 0, 1),
+                        (64, 64, 4, 6, 0, 1), (128, 64, 8, 5, 0, 1), (64, 128, 4, 4, 0, 4),
+                        (64, 128, 4, 3, 1, 4), (64, 64, 4, 6, 0, 4), (64, 64, 4, 6, 0, 8),
+                    ):  # fmt: skip
+                        if (parts == 1) == gated:
+                            tile = LinearTile(m, n, k, w, s, early=early, parts=parts)
+                            calls[f"{n}k{k}w{w}s{s}e{early}/{parts}"] = lambda t=tile: ours(t)
+                return calls
+
+            yield {"name": f"{name} {rows}", "bytes": outputs * depth * 2, "make": make}
+
+
 def decode_steps(tune: bool) -> Iterator[dict[str, Any]]:
     """Token ids to token ids at context 1024; KV pages rotate over enough buffers to be cold."""
     context = 1024
     for kind in ("none", "lowrank"):
         model = make_model(kind)
-        for seqs in (1, 8, 32, 64, 128):
+        for seqs in (1, 8, 16, 32, 64, 128):
             batch = make_batch(seqs, 1, context - 1)
             size = seqs * context * HEADS * DIM * 4
             pages = int(batch.pages.max()) + 1
@@ -231,5 +277,6 @@ def experts(tune: bool) -> Iterator[dict[str, Any]]:
 
 
 SECTIONS: dict[str, Callable[[bool], Iterator[dict[str, Any]]]] = {
-    "chain": linear_chain, "step": decode_steps, "choices": choices, "experts": experts,
+    "chain": linear_chain, "pairs": linear_pairs, "step": decode_steps, "choices": choices,
+    "experts": experts,
 }  # fmt: skip

@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import _import  # noqa: F401
 import kernel_cases
 import kernel_steps
+import paged_peer
 import torch
 
 if TYPE_CHECKING:
@@ -156,6 +157,8 @@ def main() -> None:
     compile_ahead(argv, max(1, min(14, (os.cpu_count() or 2) - 2)))
     device = torch.cuda.get_device_name()
     sys.stdout.write(f"{device}, torch {torch.__version__}, us a call (TB/s or TFLOP/s)\n")
+    if {"decode", "chunk"} & set(sections) and (why := paged_peer.missing()):
+        sys.stdout.write(f"no row of torch's own paged attention: {why}\n")
     table = []
     for case in cases():
         measure(case)

@@ -1,12 +1,13 @@
 """Prefix caching side by side in one run: stored tails, replay alone, and off.
 
     python bench/prefix.py [MODEL FOLDER] [--sessions N] [--turns N]     or the default model
+    python bench/prefix.py --random                                      the 1.42 B shape on a GPU
 
 A multi-turn chat load: sessions with one shared system prompt and turns of their own, all running
 at once. Printed for each: hit rate in tokens and what plain attention would have hit at the same
-page size, tokens run again, time to first token of a long prompt cold and on a hit. Then what the
-cache costs where nothing is ever shared: the same load of prompts that are all different, with it
-and without it in turn.
+page size, tokens run again, memory of tails, time to first token of a long prompt cold, on the
+first hit and on later ones. Then what the cache costs where nothing is ever shared: the same load
+of prompts that are all different, with it and without it in turn.
 """
 
 from __future__ import annotations
@@ -16,61 +17,90 @@ import random
 import statistics
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from convserve.engine import LLM, SamplingParams
-from convserve.server.default_model import DEFAULT_ADAPTER, default_model_folder
+import _import  # noqa: F401  (makes `convserve` importable)
+import torch
+from convserve.engine.config import EngineConfig
+from convserve.engine.core import EngineCore
+from convserve.engine.messages import GenerateRequest, SamplingParams
+from convserve.engine.resolve import resolve_device, resolve_dtype, resolve_limits
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
-MODES: dict[str, dict[str, object]] = {
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from convserve.engine.models import Decoder
+
+MODES: dict[str, dict[str, Any]] = {
     "tails": {},
     "replay": {"conv_tail_memory": "0"},
     "off": {"prefix_caching": False},
 }
+CONSOLE = Console(width=150)
+
+
+@dataclass(frozen=True)
+class Engine:
+    """One engine and what a caller of it must know."""
+
+    core: EngineCore
+    vocab: int
+    tails: str
+    """Memory of its tails, in words."""
+
+    def generate(self, prompts: Sequence[Sequence[int]], tokens: int) -> list[list[int]]:
+        """Greedy continuations of so many tokens, all prompts at once."""
+        params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+        for i, prompt in enumerate(prompts):
+            self.core.add(GenerateRequest(request_id=str(i), prompt=tuple(prompt), params=params))
+        made: list[list[int]] = [[] for _ in prompts]
+        while self.core.has_work:
+            for event in self.core.step():
+                made[int(event.request_id)] += event.token_ids
+        return made
 
 
 def main() -> None:
     """Runs the load in every mode and prints one table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=Path, nargs="?")
+    parser.add_argument("--random", action="store_true", help="random weights of the 1.42 B shape")
     parser.add_argument("--sessions", type=int, default=32)
     parser.add_argument("--turns", type=int, default=8)
     parser.add_argument("--system", type=int, default=256, help="tokens of the system prompt")
     parser.add_argument("--user", type=int, default=24, help="tokens of each user turn")
     parser.add_argument("--output", type=int, default=24, help="tokens of each answer")
     parser.add_argument("--prefix", type=int, default=2048, help="tokens of the long prompt")
-    parser.add_argument("--memory", default="2GiB")
+    parser.add_argument("--repeats", type=int, default=3, help="long prompts")
+    parser.add_argument("--rounds", type=int, default=12, help="loads that share nothing")
+    parser.add_argument("--memory", default="3GiB")
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
-    adapter = None
-    if args.model is None:
-        args.model, adapter = default_model_folder(), DEFAULT_ADAPTER
-    args.conv_adapter = adapter
+    model, device = load(args)
     table = Table(
         "prefix caching",
         "hit rate",
         "of what attention hits",
         "replayed",
-        "tails",
+        "memory of tails",
         "load s",
         "TTFT cold ms",
-        "TTFT hit ms",
+        "first hit ms",
+        "later hits ms",
     )
-    for mode in track(MODES, description="Measuring", console=Console(stderr=True)):
-        llm = LLM(
-            args.model,
-            conv_adapter=args.conv_adapter,
-            memory=args.memory,
-            device=args.device,
-            max_num_seqs=max(args.sessions, 8),
-            **MODES[mode],
-        )
-        cold, hit = first_token(llm, args.prefix)
-        before = llm.stats
-        possible, seconds = conversations(llm, args)
-        after = llm.stats
+    engines: dict[str, Engine] = {}
+    for mode in MODES:
+        started = time.perf_counter()
+        engine = engines[mode] = engine_of(model, device, args, mode)
+        CONSOLE.print(f"{mode}: engine ready in {time.perf_counter() - started:.1f} s")
+        times = first_token(engine, args.prefix, args.repeats)
+        before = engine.core.stats()
+        possible, seconds = conversations(engine, args)
+        after = engine.core.stats()
         queries = after.prefix_queries - before.prefix_queries
         hits = after.prefix_hits - before.prefix_hits
         table.add_row(
@@ -78,83 +108,117 @@ def main() -> None:
             f"{hits / queries:.1%}" if queries else "-",
             f"{hits / possible:.1%}",
             f"{after.replayed_tokens - before.replayed_tokens:,}",
-            f"{after.tails_stored} of {after.tails_total}",
+            f"{engine.tails}, {after.tails_evicted - before.tails_evicted} evicted",
             f"{seconds:.1f}",
-            f"{cold * 1e3:.1f}",
-            f"{hit * 1e3:.1f}",
+            *(f"{ms:.1f}" for ms in times),
         )
-    console = Console(width=120)
-    console.print(table)
-    console.print(unshared(args))
+    CONSOLE.print(table)
+    if args.rounds:
+        CONSOLE.print(unshared(engines["tails"], engines["off"], args.rounds))
 
 
-def unshared(args: argparse.Namespace, rounds: int = 12) -> str:
+def load(args: argparse.Namespace) -> tuple[Decoder, torch.device]:
+    """The model that every mode runs, and where."""
+    config = EngineConfig(model=str(args.model), device=args.device)
+    device = resolve_device(config)
+    if args.random:
+        from gpu_engine import random_model
+
+        CONSOLE.print(f"random weights, 1.42 B shape, {torch.cuda.get_device_name()}")
+        return random_model("q k v")[0], device
+    from convserve.engine.models import load_model, read_config
+    from convserve.server.default_model import DEFAULT_ADAPTER, default_model_folder
+
+    adapter = DEFAULT_ADAPTER if args.model is None else None
+    folder = args.model or default_model_folder()
+    dtype = resolve_dtype(config, read_config(folder).dtype, device)
+    return load_model(folder, dtype, device, conv_adapter=adapter), device
+
+
+def engine_of(model: Decoder, device: torch.device, args: argparse.Namespace, mode: str) -> Engine:
+    """An engine over the shared model, sized as `convserve serve` would size it."""
+    config = EngineConfig(
+        model="",
+        memory=args.memory,
+        max_num_seqs=max(args.sessions, 8),
+        max_model_len=min(model.config.max_positions, args.prefix + 512),
+        **MODES[mode],
+    )
+    spec = model.state_spec
+    limits = resolve_limits(config, spec, model.config.max_positions, device)
+    core = EngineCore(
+        model,
+        limits,
+        (),
+        device,
+        prefix_caching=config.prefix_caching,
+        overlap=device.type == "cuda",
+    )
+    tails = core.stats().tails_total * spec.tail_bytes / 2**20
+    pages = limits.sizes.num_pages * limits.sizes.page_size * spec.kv_bytes_per_token / 2**20
+    return Engine(core, model.config.vocab_size, f"{tails:,.1f} MiB beside {pages:,.0f} of KV")
+
+
+def unshared(with_cache: Engine, without: Engine, rounds: int) -> str:
     """Throughput with the cache beside throughput without it, where no two prompts are alike."""
-    engines = [
-        LLM(
-            args.model,
-            conv_adapter=args.conv_adapter,
-            memory="1GiB",
-            device=args.device,
-            max_num_seqs=8,
-            **MODES[mode],
-        )
-        for mode in ("tails", "off")
-    ]
-    vocab = engines[0].info.vocab_size
-    params = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True)
     rng = random.Random(1)
     ratios: list[float] = []
     for turn in range(rounds):
         seconds: list[float] = []
-        for llm in engines if turn % 2 else reversed(engines):
-            prompts = [[rng.randrange(3, vocab) for _ in range(128)] for _ in range(8)]
+        pair = (with_cache, without) if turn % 2 else (without, with_cache)
+        for engine in pair:
+            prompts = [[rng.randrange(3, engine.vocab) for _ in range(128)] for _ in range(8)]
             started = time.perf_counter()
-            llm.generate(prompts, params)
+            engine.generate(prompts, 32)
             seconds.append(time.perf_counter() - started)
         on, off = seconds if turn % 2 else reversed(seconds)
         ratios.append(on / off)
-    low, *_, high = sorted(ratios[2:])  # the first rounds warm up
-    middle = statistics.median(ratios[2:])
+    kept = sorted(ratios[2:] or ratios)  # the first rounds warm up
     return (
-        f"nothing shared: time with the cache / without {middle:.3f} [{low:.3f}, {high:.3f}], "
-        f"median of {rounds - 2} rounds of 8 x (128 + 32) tokens"
+        f"nothing shared: time with the cache / without {statistics.median(kept):.3f} "
+        f"[{kept[0]:.3f}, {kept[-1]:.3f}], median of {len(kept)} rounds of 8 x (128 + 32) tokens"
     )
 
 
-def first_token(llm: LLM, length: int) -> tuple[float, float]:
-    """Seconds to the first token after a prompt, cold and when all but its end is cached."""
+def first_token(engine: Engine, length: int, repeats: int) -> tuple[float, float, float]:
+    """Milliseconds to the first token after a long prompt: cold, and when all but its end is
+    cached, the first time and later. Medians.
+    """
     rng = random.Random(length)
-    prefix = [rng.randrange(3, llm.info.vocab_size) for _ in range(length)]
-    params = SamplingParams(temperature=0, max_tokens=1)
-    llm.generate([prefix[:64]], params)  # warm-up
-    times: list[float] = []
-    for _ in range(4):
-        prompt = [*prefix, *(rng.randrange(3, llm.info.vocab_size) for _ in range(16))]
-        started = time.perf_counter()
-        llm.generate([prompt], params)
-        times.append(time.perf_counter() - started)
-    return times[0], min(times[2:])
+
+    def tokens(count: int) -> list[int]:
+        return [rng.randrange(3, engine.vocab) for _ in range(count)]
+
+    engine.generate([tokens(64)], 1)  # warm-up
+    times: tuple[list[float], ...] = ([], [], [])
+    for _ in range(repeats):
+        prefix = tokens(length)
+        for kind in (0, 1, 2, 2):
+            prompt = prefix + tokens(16)
+            started = time.perf_counter()
+            engine.generate([prompt], 1)
+            times[kind].append((time.perf_counter() - started) * 1e3)
+    cold, first, later = (statistics.median(t) for t in times)
+    return cold, first, later
 
 
-def conversations(llm: LLM, args: argparse.Namespace) -> tuple[int, float]:
+def conversations(engine: Engine, args: argparse.Namespace) -> tuple[int, float]:
     """Plays every turn of every session; (tokens that attention alone could reuse, seconds)."""
     rng = random.Random(0)
-    vocab, page = llm.info.vocab_size, llm.info.page_size
-    system = [rng.randrange(3, vocab) for _ in range(args.system)]
+    page = engine.core.limits.sizes.page_size
+    system = [rng.randrange(3, engine.vocab) for _ in range(args.system)]
     histories = [list(system) for _ in range(args.sessions)]
-    params = SamplingParams(temperature=0, max_tokens=args.output, ignore_eos=True)
-    llm.generate([[*system, 5]], params)
+    engine.generate([[*system, 5]], args.output)
     possible = 0
     started = time.perf_counter()
     for _ in range(args.turns):
         known = [len(h) for h in histories]
         for history in histories:
-            history += [rng.randrange(3, vocab) for _ in range(args.user)]
+            history += [rng.randrange(3, engine.vocab) for _ in range(args.user)]
         # The last generated token of a turn was never computed.
         possible += sum((max(k - 1, args.system) // page) * page for k in known)
-        for history, done in zip(histories, llm.generate(histories, params), strict=True):
-            history += done.token_ids
+        for history, made in zip(histories, engine.generate(histories, args.output), strict=True):
+            history += made
     return possible, time.perf_counter() - started
 
 

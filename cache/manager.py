@@ -18,18 +18,20 @@ only while the state stands at its position: chunks end where a tail is worth ha
 from __future__ import annotations
 
 import itertools
+import time
 from collections import Counter
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from .copies import Copies
+from .holding import Holding, Match
 from .pools import PageId, PagePool, SequenceId, SlotId, SlotPool
 from .prefix import Key, PrefixIndex
 from .records import Admission
+from .residence import Residence
 from .tails import TailPool
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from .pools import TailId
     from .records import CacheSizes
@@ -43,39 +45,6 @@ RECURRENT_STRIDE = 4
 as large as what a step reads and writes of the state."""
 
 
-@dataclass
-class _Holding:
-    slot: SlotId
-    pages: list[PageId]
-    number: int
-    shared: int
-    keys: list[Key]
-    """Keys of the first pages, as far as they are known to be full."""
-    root: Key
-    cuts: list[int] = field(default_factory=list)
-    """Boundaries, ascending, where a tail is worth a step of its own: where others branched off,
-    and in recurrent models the last one that another prompt like this could start from."""
-    rolling: Key | None = None
-    """The sequence's own latest tail, which its next one replaces."""
-    num_computed: int = 0
-    """Tokens whose state is computed, as far as known."""
-    nameless: tuple[int, TailId] | None = None
-    """(position, tail) saved before the last token there is known."""
-    passed: int = 0
-    """Pages at the beginning that every layer's window has passed: they are given back, and stay in
-    the table, where nobody sees more of them than that their contents are finite."""
-
-
-@dataclass
-class _Match:
-    pages: list[PageId] = field(default_factory=list)
-    keys: list[Key] = field(default_factory=list)
-    admission: Admission = field(default_factory=Admission)
-    tail: tuple[Key, TailId] | None = None
-    matched: int = 0
-    """Tokens in cached pages, whether usable or not."""
-
-
 class CacheManager:
     """Books over pages, slots and tails. Every method leaves them consistent or changes nothing."""
 
@@ -86,24 +55,28 @@ class CacheManager:
         replay_length: int | None = 0,
         window: int | None = None,
         prefix_caching: bool = True,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """
         Args:
             replay_length: see `StateSpec.replay_length`; None if only tails make a prefix usable.
             window: see `StateSpec.window`; pages behind it are given back.
             prefix_caching: whether prefixes are kept and shared between requests.
+            clock: seconds, of the figures in `residence`.
         """
         self.sizes = sizes
         self._replay_length = replay_length
         self._window = window
         self._prefix_caching = prefix_caching
         self._index = PrefixIndex(sizes.page_size)
-        self._pages = PagePool(sizes.num_pages, self._index.remove)
+        self._pages = PagePool(sizes.num_pages, self._evict)
         self._slots = SlotPool(sizes.num_slots)
         self._tails = TailPool(sizes.num_tails if replay_length != 0 else 0)
-        self._held: dict[SequenceId, _Holding] = {}
+        self._held: dict[SequenceId, Holding] = {}
         self._admissions = itertools.count(1)
         self._copies = Copies()
+        self.residence = Residence(sizes.num_pages, clock)
+        """How long cached pages stay; read only."""
 
     @property
     def free_pages(self) -> int:
@@ -151,13 +124,14 @@ class CacheManager:
             return None
         root = self._index.root(salt)
         share = share and self._prefix_caching
-        match = self._match(root, tokens) if share else _Match()
+        match = self._match(root, tokens) if share else Match()
         fresh = self.pages_for(len(tokens)) - len(match.pages)
         revived = sum(not self._pages.owners(page) for page in match.pages)
         if fresh + revived + reserve > self._pages.num_available:
             return None
         for page in match.pages:
             self._pages.share(page)
+        self.residence.share(match.pages)
         pages = match.pages + self._pages.take(fresh)
         slot = self._slots.take()
         admission = match.admission
@@ -204,6 +178,7 @@ class CacheManager:
             part = tokens[i * size : (i + 1) * size]
             key = self._index.key(before, part)
             self._index.add(holding.pages[i], key, before, part)
+            self.residence.index(holding.pages[i])
             keys.append(key)
         # Windows inside a replay are not exact; at its end they are.
         is_exact = num_computed > holding.shared or num_computed in holding.cuts
@@ -261,8 +236,10 @@ class CacheManager:
             return
         self._drop_nameless(holding)
         self._slots.drop(holding.slot)
+        owned = holding.pages[holding.passed :]
+        self.residence.give_up(owned)
         # Last pages first, so that a prefix is never evicted before what follows it.
-        for page in reversed(holding.pages[holding.passed :]):
+        for page in reversed(owned):
             self._pages.drop(page, keep=page in self._index)
 
     def reset_prefixes(self) -> None:
@@ -316,16 +293,21 @@ class CacheManager:
         self._slots.check([held.slot for held in self._held.values()])
         self._tails.check()
 
-    def _give_back_passed(self, holding: _Holding) -> None:
+    def _give_back_passed(self, holding: Holding) -> None:
         if self._window is None:
             return
         seen = max(0, holding.num_computed - self._window + 1)
         while (holding.passed + 1) * self.sizes.page_size <= seen:
             page = holding.pages[holding.passed]
+            self.residence.give_up([page])
             self._pages.drop(page, keep=page in self._index)
             holding.passed += 1
 
-    def _match(self, root: Key, tokens: Sequence[int]) -> _Match:
+    def _evict(self, page: PageId) -> None:
+        self._index.remove(page)
+        self.residence.evict(page)
+
+    def _match(self, root: Key, tokens: Sequence[int]) -> Match:
         """The longest usable cached prefix, and how its end is reached.
 
         The last token is always computed, for its logits.
@@ -333,7 +315,7 @@ class CacheManager:
         size = self.sizes.page_size
         pages, keys = self._index.lookup(root, tokens, (len(tokens) - 1) // size)
         if not pages:
-            return _Match()
+            return Match()
         tail = None
         stored = 0
         for i in reversed(range(len(keys))):
@@ -351,17 +333,17 @@ class CacheManager:
         if start != stored:
             tail = None
         matched = len(pages) * size
-        return _Match(pages[:count], keys[:count], Admission(start, shared), tail, matched)
+        return Match(pages[:count], keys[:count], Admission(start, shared), tail, matched)
 
-    def _cuts(self, match: _Match, num_tokens: int) -> list[int]:
-        """See `_Holding.cuts`."""
+    def _cuts(self, match: Match, num_tokens: int) -> list[int]:
+        """See `Holding.cuts`."""
         start, size = match.admission.start, self.sizes.page_size
         cuts = {match.matched}
         if self._replay_length is None:
             cuts.add((num_tokens - 1) // size * size)
         return sorted(cut for cut in cuts if cut > start)
 
-    def _save_tail(self, holding: _Holding, position: int, ahead: int) -> None:
+    def _save_tail(self, holding: Holding, position: int, ahead: int) -> None:
         """Stores the tail of a boundary. It stays where others branched off and on a stride;
         elsewhere the sequence's next one replaces it, so that its last one remains."""
         pages = position // self.sizes.page_size
@@ -390,12 +372,12 @@ class CacheManager:
         if not is_cut and pages % TAIL_STRIDE:
             holding.rolling = key
 
-    def _queue_save(self, holding: _Holding, position: int, tail: TailId) -> None:
+    def _queue_save(self, holding: Holding, position: int, tail: TailId) -> None:
         saves = self._copies.saves
         saves[:] = [save for save in saves if save[2] != tail]  # what it evicted, just saved
         saves.append((holding.slot, position, tail))
 
-    def _drop_nameless(self, holding: _Holding) -> None:
+    def _drop_nameless(self, holding: Holding) -> None:
         if holding.nameless is not None:
             self._tails.discard(holding.nameless[1])
             holding.nameless = None
@@ -408,7 +390,7 @@ class CacheManager:
         shared: int,
         keys: list[Key],
         root: Key,
-    ) -> _Holding:
+    ) -> Holding:
         number = next(self._admissions)
-        holding = self._held[seq] = _Holding(slot, pages, number, shared, list(keys), root)
+        holding = self._held[seq] = Holding(slot, pages, number, shared, list(keys), root)
         return holding

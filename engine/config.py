@@ -40,8 +40,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """On a GPU, launch a step before the tokens of the one before it are read. Off for debugging:
     the tokens are the same."""
     deterministic: bool = False
-    """On a GPU, the same tokens whatever else is in the batch and wherever prompts are cut, at the
-    cost of speed: one way to multiply and one to attend, whatever the number of rows."""
+    """The same bits whatever else is in the batch and wherever prompts are cut, at the cost of
+    speed: one way to multiply and one to attend, whatever the number of rows."""
     threads: int = 0
     """CPU threads of the engine; 0 for all cores."""
     backend: Literal["auto", "reference"] = "auto"

@@ -20,7 +20,8 @@ import torch
 from ..cache import CacheManager, CacheStorage
 from .batch_builder import BatchBuilder
 from .grammar_gate import GrammarGate
-from .messages import EngineStats
+from .idle import IdleClock
+from .messages import EngineStats, Times
 from .runner import Model, Runner
 from .sampler import Choices, Sampler
 from .scheduler import Scheduler
@@ -28,6 +29,7 @@ from .scheduler import Scheduler
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from ..cache import residence
     from .grammar import Grammars
     from .messages import GenerateRequest, TokenEvent
     from .output import Output
@@ -91,10 +93,11 @@ class EngineCore:
             grammars=grammars,
         )
         self._gate = GrammarGate(grammars)
+        self._idle = IdleClock(device)
         self._overlap = overlap
         self._flight: _Flight | None = None
         self._steps = 0
-        self._step_tokens = 0
+        self._step_tokens = self._step_sequences = 0
         self._step_seconds = self._scheduler_seconds = self._seconds_total = 0.0
 
     @property
@@ -135,10 +138,14 @@ class EngineCore:
         last, self._flight = self._flight, self._launch()
         events = self._land(last)
         if self._flight is not None:
+            self._idle.resume()
             self._flight.choices = self._sampler.launch(self._flight.output, self._flight.plan)
+            self._idle.stop()
         if not self._overlap:
             last, self._flight = self._flight, None
             events += self._land(last)
+        if not self._steps_forward:
+            self._idle.rest()
         self._step_seconds = time.perf_counter() - started
         self._seconds_total += self._step_seconds
         return events
@@ -150,17 +157,22 @@ class EngineCore:
         self._scheduler_seconds = time.perf_counter() - started
         if not plan.works:
             return None
+        batch = self._builder.build(plan)
+        self._idle.resume()
         if plan.copies:
             self._storage.apply(plan.copies)
+        flight = _Flight(plan, self._runner.forward(batch))
+        self._idle.stop()
         self._steps += 1
-        self._step_tokens = plan.num_rows
-        return _Flight(plan, self._runner.forward(self._builder.build(plan)))
+        self._step_tokens, self._step_sequences = plan.num_rows, len(plan.works)
+        return flight
 
     def _land(self, flight: _Flight | None) -> list[TokenEvent]:
         """Waits for a step's tokens and takes them in."""
         if flight is None or flight.choices is None:
             return []
         sampled = flight.choices.read()
+        self._idle.settle()
         started = time.perf_counter()
         events = self._scheduler.commit(flight.plan, sampled)
         self._scheduler_seconds += time.perf_counter() - started
@@ -189,13 +201,23 @@ class EngineCore:
             generation_tokens=scheduler.num_generated_tokens,
             steps=self._steps,
             step_tokens=self._step_tokens,
+            step_sequences=self._step_sequences,
             step_seconds=self._step_seconds,
             scheduler_seconds=self._scheduler_seconds,
             step_seconds_total=self._seconds_total,
             graph_replays=dict(self._runner.graph_replays),
             padding_tokens=self._runner.num_padding_tokens,
+            gpu_idle_seconds=self._idle.seconds,
+            corrupted_requests=scheduler.num_corrupted,
+            page_lifetimes=_times(cache.residence.lifetimes),
+            page_idle_times=_times(cache.residence.idle_times),
+            page_reuse_gaps=_times(cache.residence.reuse_gaps),
         )
 
     def check_integrity(self) -> None:
         """Raises AssertionError if the cache's books do not add up."""
         self._cache.check_integrity()
+
+
+def _times(times: residence.Times) -> Times:
+    return Times(tuple(times.counts), times.seconds)

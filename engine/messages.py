@@ -112,7 +112,7 @@ class Logprobs(msgspec.Struct, frozen=True, array_like=True):
     """(token id, log-probability) of the k best, best first."""
 
 
-class TokenEvent(msgspec.Struct, frozen=True, array_like=True):
+class TokenEvent(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """New tokens of one choice of one request."""
 
     request_id: str
@@ -134,6 +134,15 @@ class TokenEvent(msgspec.Struct, frozen=True, array_like=True):
     """First event: time from arrival in the engine to first being scheduled."""
     prefill_seconds: float = 0.0
     """First event: time from first being scheduled to the first token."""
+
+
+class Times(msgspec.Struct, frozen=True, array_like=True):
+    """A histogram since the engine started."""
+
+    counts: tuple[int, ...] = ()
+    """By bin; bin i ends with the i-th of `EngineInfo.page_time_edges`, the last one nowhere."""
+    seconds: float = 0.0
+    """Sum of all times."""
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
@@ -164,6 +173,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     steps: int = 0
     step_tokens: int = 0
     """Rows of the last step."""
+    step_sequences: int = 0
+    """Sequences that advanced in it."""
     step_seconds: float = 0.0
     """Duration of the last step."""
     scheduler_seconds: float = 0.0
@@ -173,6 +184,16 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """Steps that replayed a captured graph, by the graph's rows."""
     padding_tokens: int = 0
     """Rows of those graphs that belonged to nobody."""
+    gpu_idle_seconds: float = 0.0
+    """Time that a GPU stood idle while there was work."""
+    corrupted_requests: int = 0
+    """Sequences that ended because their logits were not finite."""
+    page_lifetimes: Times = Times()
+    """Of pages of cached prefixes: full to evicted."""
+    page_idle_times: Times = Times()
+    """Last use to eviction."""
+    page_reuse_gaps: Times = Times()
+    """Last use to being shared once more."""
 
 
 class StepReport(msgspec.Struct, frozen=True, tag="step"):
@@ -200,6 +221,8 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     max_num_seqs: int
     page_size: int
     num_pages: int
+    page_time_edges: tuple[float, ...] = ()
+    """Seconds: the bins of `EngineStats.page_lifetimes` and its like."""
     num_tails: int = 0
     """Places for conv windows at page boundaries."""
     eos_token_ids: tuple[int, ...]

@@ -46,11 +46,11 @@ class StepPlan:
 
     works: tuple[Work, ...]
     copies: Copies
+    num_rows: int
+    """Token rows of the step."""
 
-    @property
-    def num_rows(self) -> int:
-        """Token rows of the step."""
-        return sum(w.rows for w in self.works)
+
+NOT_FINITE = "the model produced logits that are not finite"
 
 
 class Sampled(msgspec.Struct, frozen=True, gc=False):

@@ -123,6 +123,10 @@ class Runner:
         logits = self._model.forward(replace(batch, token_ids=tokens))
         best = self._model.argmax(logits)
         if len(best):
-            wanted = slots[flat.row_seq.long()[batch.logit_rows]]
+            seqs = flat.row_seq.long()[batch.logit_rows]
+            wanted = slots[seqs]
+            if batch.is_scored:  # of a sequence's several rows the last is the one that chooses
+                is_last = flat.offsets.long()[seqs + 1] - 1 == batch.logit_rows
+                wanted = torch.where(is_last, wanted, 0)
             self._last[wanted] = best
         return logits, best

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .drawing import draw_inputs
-from .plan import Sampled
+from .plan import NOT_FINITE, Sampled
 from .reports import Report, to_host
 from .sequence import Status
 
@@ -65,7 +65,7 @@ class Choices:
             if work in self.problems:
                 results[work] = Sampled(problem=self.problems[work])
             elif token < 0:
-                results[work] = Sampled(problem="the model produced logits that are not finite")
+                results[work] = Sampled(problem=NOT_FINITE)
             else:
                 results[work] = Sampled(token, reports.get(place))
         for work, report in self.scores.items():

@@ -15,10 +15,12 @@ import random
 import time
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from ..cache import Copies
 from ..cache.pools import SequenceId
 from .messages import TokenEvent
-from .plan import Sampled, StepPlan, Work
+from .plan import NOT_FINITE, Sampled, StepPlan, Work
 from .sequence import Sequence, Status
 
 if TYPE_CHECKING:
@@ -55,6 +57,8 @@ class Scheduler:
         self._live: dict[str, list[Sequence]] = {}
         self._ids = itertools.count(1)
         self.num_preemptions = 0
+        self.num_corrupted = 0
+        """Sequences that ended because their logits were not finite."""
         self.num_prompt_tokens = 0
         self.num_generated_tokens = 0
         self.num_queried_tokens = 0
@@ -110,22 +114,22 @@ class Scheduler:
         Running sequences go first, those about to generate before those with chunks to compute, so
         that a long prompt never stalls a stream; then waiting ones in order while they fit.
         """
-        budget = self._max_batch_tokens
+        budget, size = self._max_batch_tokens, self._page_size
         works: list[Work] = []
-        planned: set[SequenceId] = set()
         preemptions_before = self.num_preemptions
         chunked: list[Sequence] = []
         for seq in tuple(self._running):
             if budget == 0:
                 break
-            if seq.status is not Status.RUNNING or seq.length >= seq.max_len:
+            start, known = seq.num_computed, len(seq.tokens)
+            length = known + seq.num_in_flight
+            if seq.status is not Status.RUNNING or length >= seq.max_len:
                 continue  # preempted for one before it, or about to end
-            if seq.num_pending > 1 or seq.num_to_score:
+            if length - start > 1 or seq.num_to_score:
                 chunked.append(seq)
-            elif self._make_room(seq, seq.length, planned):
-                start = seq.num_computed
-                works.append(Work(seq, start, 1, True, start >= len(seq.tokens)))
-                planned.add(seq.id)
+            # Inside a page that it writes already, a sequence needs nothing of the cache.
+            elif start % size or self._make_room(seq, length, works):
+                works.append(Work(seq, start, 1, True, start >= known))
                 budget -= 1
         for seq in chunked:
             if budget == 0:
@@ -133,9 +137,8 @@ class Scheduler:
             if seq.status is not Status.RUNNING:
                 continue
             work = self._work(seq, budget)
-            if self._make_room(seq, work.stop, planned):
+            if self._make_room(seq, work.stop, works):
                 works.append(work)
-                planned.add(seq.id)
                 budget -= work.rows
         while self._waiting and budget and self.num_preemptions == preemptions_before:
             seq = self._waiting[0]
@@ -146,14 +149,15 @@ class Scheduler:
             works.append(work)
             budget -= work.rows
         for work in works:
-            # A replay's rows write nothing.
-            first_own = max(work.start, self._cache.shared(work.seq.id))
-            self._cache.check_writable(work.seq.id, first_own, work.stop)
+            if work.rows > 1 or work.start % size == 0:
+                # A replay's rows write nothing.
+                first_own = max(work.start, self._cache.shared(work.seq.id))
+                self._cache.check_writable(work.seq.id, first_own, work.stop)
         # Without works nothing runs, and what is to be copied stays as it is until something does.
-        plan = StepPlan(tuple(works), self._cache.take_copies() if works else Copies())
+        copies = self._cache.take_copies() if works else Copies()
         for work in works:
             self._advance(work)
-        return plan
+        return StepPlan(tuple(works), copies, self._max_batch_tokens - budget)
 
     def commit(self, plan: StepPlan, sampled: list[Sampled]) -> list[TokenEvent]:
         """Takes a step's results in: appends, finishes. Returns what to report.
@@ -162,33 +166,35 @@ class Scheduler:
         that its prefix calls for) but has no state to commit.
         """
         events: list[TokenEvent] = []
+        size = self._page_size
         for work, result in zip(plan.works, sampled, strict=True):
-            seq = work.seq
+            seq, stop = work.seq, work.start + work.rows
             if seq.status is Status.FINISHED:
                 continue
-            seq.num_in_flight -= work.samples
-            if work.is_fed and work.stop % self._page_size == 0 and seq.status is Status.RUNNING:
-                ahead = seq.num_computed - work.stop
-                self._cache.commit(seq.id, seq.tokens, work.stop, ahead)
+            if work.samples:
+                seq.num_in_flight -= 1
+            if work.is_fed and stop % size == 0 and seq.status is Status.RUNNING:
+                self._cache.commit(seq.id, seq.tokens, stop, seq.num_computed - stop)
             if seq.prompt_logprobs is not None:
                 seq.prompt_logprobs += result.scored
-            if result.problem is not None:
+            if result.token_id is not None:
+                events.append(self._append(seq, result.token_id, result))
+            elif result.problem is not None:
                 events.append(self._failure(seq, result.problem))
-            elif result.token_id is not None:
-                events.append(self._append(seq, result))
         return events
 
     def _advance(self, work: Work) -> None:
         """Counts a planned work as done."""
-        seq = work.seq
-        seq.num_computed = work.stop
-        seq.num_in_flight += work.samples
+        seq, stop = work.seq, work.start + work.rows
+        seq.num_computed = stop
+        if work.samples:
+            seq.num_in_flight += 1
         if work.is_fed:
-            if work.stop % self._page_size == 0:
-                self._cache.foresee(seq.id, work.stop)
-        elif work.rows > 1 or work.stop % self._page_size == 0 or seq.forks:
-            self._cache.commit(seq.id, seq.tokens, work.stop)
-        if seq.forks and work.stop >= seq.prompt_len - 1:
+            if stop % self._page_size == 0:
+                self._cache.foresee(seq.id, stop)
+        elif work.rows > 1 or stop % self._page_size == 0 or seq.forks:
+            self._cache.commit(seq.id, seq.tokens, stop)
+        if seq.forks and stop >= seq.prompt_len - 1:
             self._fork(seq)
 
     def _sequence(self, request: GenerateRequest, index: int) -> Sequence:
@@ -206,6 +212,7 @@ class Scheduler:
             tokens=list(request.prompt),
             prompt_len=prompt_len,
             max_len=max_len,
+            ends=frozenset(params.stop_token_ids).union(() if params.ignore_eos else self._eos),
             seed=seed,
             priority=request.priority,
             salt=request.cache_salt,
@@ -273,10 +280,10 @@ class Scheduler:
         stop = start + rows
         return rows - min(stop % self._cache.sizes.page_size, rows - 1)
 
-    def _make_room(self, seq: Sequence, num_tokens: int, planned: set[SequenceId]) -> bool:
+    def _make_room(self, seq: Sequence, num_tokens: int, works: list[Work]) -> bool:
         """Extends the sequence's pages, preempting the last in rank until it fits."""
         while not self._cache.extend(seq.id, num_tokens):
-            # Those planned stay: the step counts on them.
+            planned = {work.seq.id for work in works}  # they stay: the step counts on them
             candidates = [s for s in self._running if s.id not in planned]
             victim = max(candidates, key=lambda s: s.rank)
             self._preempt(victim)
@@ -307,45 +314,31 @@ class Scheduler:
             else:
                 self._enqueue(seq)
 
-    def _append(self, seq: Sequence, result: Sampled) -> TokenEvent:
-        token = result.token_id
-        assert token is not None
+    def _append(self, seq: Sequence, token: int, result: Sampled) -> TokenEvent:
         seq.tokens.append(token)
         self.num_generated_tokens += 1
         finish: FinishReason | None = None
         stop_token = None
-        if token in seq.params.stop_token_ids:
-            finish, stop_token = "stop", token
-        elif token in self._eos and not seq.params.ignore_eos:
+        if token in seq.ends:
             finish = "stop"
+            stop_token = token if token in seq.params.stop_token_ids else None
         elif len(seq.tokens) >= seq.max_len:
             finish = "length"
-        event = self._event(seq, (token,), result, finish, stop_token)
+        logprobs = () if result.logprobs is None else (result.logprobs,)
+        event = TokenEvent(seq.request_id, seq.index, (token,), logprobs, finish, stop_token)
+        if not seq.has_reported:
+            event = self._first(seq, event)
         if finish is not None:
             self._end(seq, finish)
         return event
 
-    def _event(
-        self,
-        seq: Sequence,
-        token_ids: tuple[int, ...],
-        result: Sampled,
-        finish: FinishReason | None,
-        stop_token: int | None,
-    ) -> TokenEvent:
-        logprobs = () if result.logprobs is None else (result.logprobs,)
-        if seq.has_reported:
-            return TokenEvent(seq.request_id, seq.index, token_ids, logprobs, finish, stop_token)
+    def _first(self, seq: Sequence, event: TokenEvent) -> TokenEvent:
+        """The event, with what is told once."""
         seq.has_reported = True
         now, started = time.monotonic(), seq.first_scheduled_at
         assert started is not None
-        return TokenEvent(
-            seq.request_id,
-            seq.index,
-            token_ids,
-            logprobs,
-            finish,
-            stop_token,
+        return msgspec.structs.replace(
+            event,
             prompt_logprobs=None if seq.prompt_logprobs is None else tuple(seq.prompt_logprobs),
             num_cached_tokens=seq.num_cached,
             queue_seconds=started - seq.arrived_at,
@@ -353,6 +346,7 @@ class Scheduler:
         )
 
     def _failure(self, seq: Sequence, problem: str) -> TokenEvent:
+        self.num_corrupted += problem == NOT_FINITE
         self._end(seq, "error")
         return TokenEvent(
             seq.request_id,

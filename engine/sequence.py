@@ -22,7 +22,7 @@ class Status(Enum):
     FINISHED = "finished"
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True, weakref_slot=True)
 class Sequence:
     """A prompt and what has been generated after it."""
 
@@ -46,6 +46,8 @@ class Sequence:
     arrived_at: float
     """time.monotonic() at arrival."""
 
+    ends: frozenset[int] = frozenset()
+    """Tokens that end it with `stop`."""
     num_computed: int = 0
     """Tokens whose state the steps planned so far leave in the cache; 0 again after a
     preemption."""
@@ -86,7 +88,7 @@ class Sequence:
     @property
     def num_to_score(self) -> int:
         """Prompt rows from num_computed on whose next token's log-probability is still wanted."""
-        if self.params.prompt_logprobs is None or self.prompt_logprobs is None:
+        if self.prompt_logprobs is None:
             return 0
         # Row p scores token p + 1, and entry 0 (no token before it) is there from the start.
         scored = len(self.prompt_logprobs) - 1

@@ -21,6 +21,7 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
+from ..cache.residence import PAGE_TIME_EDGES
 from .core import EngineCore
 from .grammar import Grammars
 from .messages import EngineInfo
@@ -81,6 +82,7 @@ def start_engine(config: EngineConfig) -> tuple[EngineCore, EngineInfo]:
         max_num_seqs=sizes.num_slots,
         page_size=sizes.page_size,
         num_pages=sizes.num_pages,
+        page_time_edges=PAGE_TIME_EDGES,
         num_tails=core.stats().tails_total,
         eos_token_ids=model.config.eos_token_ids,
         device=_device_name(device),
@@ -125,7 +127,7 @@ def _load(config: EngineConfig, folder: Path, device: torch.device) -> Decoder:
     model = read_config(folder)
     dtype = resolve_dtype(config, model.dtype, device)
     if config.deterministic:
-        _check_deterministic(config, model, device)
+        _check_deterministic(config, model)
     with _progress(config, DownloadColumn()) as bar:
         task = bar.add_task("Loading weights", total=None)
 
@@ -137,9 +139,7 @@ def _load(config: EngineConfig, folder: Path, device: torch.device) -> Decoder:
         return load_model(folder, dtype, device, backend, advance, adapter)
 
 
-def _check_deterministic(config: EngineConfig, model: ModelConfig, device: torch.device) -> None:
-    if device.type != "cuda":
-        raise ConfigError(f"deterministic: needs a CUDA device, and this engine runs on {device}")
+def _check_deterministic(config: EngineConfig, model: ModelConfig) -> None:
     if model.has_recurrence:
         raise ConfigError("deterministic: not for models with recurrent layers")
     if config.backend != "auto":

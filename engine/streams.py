@@ -26,9 +26,25 @@ if TYPE_CHECKING:
 
 
 class _Stream:
+    """What has come for one request and was not taken; asyncio's queue hands out one at a time."""
+
     def __init__(self, choices: int) -> None:
-        self.events: asyncio.Queue[TokenEvent | EngineDeadError | None] = asyncio.Queue()
         self.open = set(range(choices))
+        self.events: list[TokenEvent | EngineDeadError | None] = []
+        self._waiter: asyncio.Future[None] | None = None
+
+    def put(self, event: TokenEvent | EngineDeadError | None) -> None:
+        self.events.append(event)
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def take(self) -> list[TokenEvent | EngineDeadError | None]:
+        """Everything that is there, as soon as something is."""
+        if not self.events:
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        taken, self.events = self.events, []
+        return taken
 
 
 class RequestStreams:
@@ -67,26 +83,23 @@ class RequestStreams:
         self._send(request)
         try:
             while True:
-                event = await stream.events.get()
-                if event is None:
-                    return
-                if isinstance(event, EngineDeadError):
-                    raise event
-                # A reader that is behind the engine gets what has queued up as one event: writing
-                # it token by token would keep it behind.
-                while not stream.events.empty() and event.finish_reason is None:
-                    after = stream.events.get_nowait()
-                    if isinstance(after, TokenEvent) and _continues(event, after):
-                        event = _joined(event, after)
-                        continue
-                    yield event
+                event: TokenEvent | None = None
+                for after in await stream.take():
+                    # A reader that is behind the engine gets what has queued up as one event:
+                    # writing it token by token would keep it behind.
+                    if event is not None:
+                        if isinstance(after, TokenEvent) and _continues(event, after):
+                            event = _joined(event, after)
+                            continue
+                        yield event
                     if after is None:
                         return
                     if isinstance(after, EngineDeadError):
                         raise after
                     event = after
+                assert event is not None
                 yield event
-                if not stream.open and stream.events.empty():
+                if not stream.open and not stream.events:
                     return
         finally:
             del self._streams[request.request_id]
@@ -104,7 +117,7 @@ class RequestStreams:
         stream.open = stream.open - gone
         self._send(AbortRequest(request_id, index))
         if not stream.open:
-            stream.events.put_nowait(None)
+            stream.put(None)
 
     def reset_prefix_cache(self) -> None:
         """See `EngineClient.reset_prefix_cache`."""
@@ -129,13 +142,13 @@ class RequestStreams:
                 continue
             if event.finish_reason is not None:
                 stream.open = stream.open - {event.index}
-            stream.events.put_nowait(event)
+            stream.put(event)
 
     def end_streams(self) -> None:
         """Ends every open request with `abort`: the engine is being shut down."""
         for request_id, stream in self._streams.items():
             for index in sorted(stream.open):
-                stream.events.put_nowait(TokenEvent(request_id, index, finish_reason="abort"))
+                stream.put(TokenEvent(request_id, index, finish_reason="abort"))
             stream.open = set()
         self.die("the engine was shut down")
 
@@ -146,7 +159,7 @@ class RequestStreams:
         self._death = EngineDeadError(why)
         for stream in self._streams.values():
             if stream.open:
-                stream.events.put_nowait(self._death)
+                stream.put(self._death)
 
 
 def _continues(event: TokenEvent, after: TokenEvent) -> bool:

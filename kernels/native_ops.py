@@ -118,8 +118,9 @@ class NativeOps(CpuOps):
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """See `Ops.rms_norm`."""
-        if x.dtype != torch.bfloat16 or not is_norm_weight(weight) or not x.is_contiguous():
+        if x.dtype != torch.bfloat16 or not is_norm_weight(weight):
             return super().rms_norm(x, weight, eps)
+        x = x.contiguous()
         y = torch.empty_like(x)
         width = x.shape[-1]
         self._lib.convserve_rms_norm(

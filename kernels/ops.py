@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference_attention, reference_conv, reference_recurrent, reference_sampling
+from .reference_rows import apply_rope, moe, norm_qk, rms_norm, widen
 from .weights import PackedLinear, QKNorm
 
 if TYPE_CHECKING:
@@ -99,6 +100,12 @@ class Ops:
         residual = residual + x
         return self.rms_norm(residual, weight, eps), residual
 
+    def linear_add_rms_norm(
+        self, x: Tensor, packed: PackedLinear, residual: Tensor, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        """`add_rms_norm` of a linear layer's output. x [T, in], residual [T, out]."""
+        return self.add_rms_norm(self.linear(x, packed), residual, weight, eps)
+
     def conv(
         self, x: Tensor, z: Tensor | None, filters: ConvFilter, ring: Tensor, batch: FlatBatch
     ) -> Tensor:
@@ -140,16 +147,15 @@ class Ops:
         """
         kv_heads, head_dim = k_pages.shape[1], k_pages.shape[3]
         kv_width = kv_heads * head_dim
-        q_width = qkv.shape[1] - 2 * kv_width
         if norm is not None and norm.order == "norm_first":
-            qkv = _norm_qk(qkv, norm, q_width, kv_width, head_dim)
+            qkv = norm_qk(qkv, norm, kv_width, head_dim, self.rms_norm)
         if filters is not None:
             assert ring is not None
             qkv = self.conv(qkv, z, filters, ring, batch)
         if norm is not None and norm.order == "conv_first":
-            qkv = _norm_qk(qkv, norm, q_width, kv_width, head_dim)
+            qkv = norm_qk(qkv, norm, kv_width, head_dim, self.rms_norm)
         heads = qkv.unflatten(1, (-1, head_dim))
-        q_heads = q_width // head_dim
+        q_heads = qkv.shape[1] // head_dim - 2 * kv_heads
         roped = apply_rope(heads[:, : q_heads + kv_heads], rope)
         reference_attention.store_kv(roped[:, q_heads:], k_pages, batch)
         reference_attention.store_kv(heads[:, q_heads + kv_heads :], v_pages, batch)
@@ -243,6 +249,8 @@ class Ops:
             batch,
         )
         attended = self.attention(q, k_pages, v_pages, batch, p.head_dim**-0.5, p.window)
+        if p.o_conv.filters is None and p.o.out_features == residual.shape[1]:
+            return self.linear_add_rms_norm(attended, p.o, residual, norm, eps)
         y = self.linear(attended, p.o)
         return self.conv_add_rms_norm(
             y[:, : residual.shape[1]],
@@ -281,6 +289,8 @@ class Ops:
                 rings.get("gate_up"),
                 batch,
             )
+        if p.down_conv.filters is None and p.down.out_features == residual.shape[1]:
+            return self.linear_add_rms_norm(hidden, p.down, residual, norm, eps)
         y = self.linear(hidden, p.down)
         return self.conv_add_rms_norm(
             y[:, : residual.shape[1]],
@@ -323,6 +333,7 @@ class Ops:
         Args:
             qkv: [T, 2 Hk K + Hv V], q then k then v. gate: [T, Hv V]. b, a: [T, Hv].
             z, filters, ring: as `conv`, over the qkv channels; filters None for no convolution.
+                With `parts.generator`, the filters' z is generator(silu(z)).
             state: [slots, Hv, K, V] float32, read unless a sequence starts at 0, then written.
 
         Returns:
@@ -330,6 +341,9 @@ class Ops:
         """
         if filters is not None:
             assert ring is not None
+            if parts.generator is not None:
+                assert z is not None
+                z = self.linear(F.silu(z), parts.generator)
             qkv = self.conv(qkv, z, filters, ring, batch)
         return reference_recurrent.delta_rule(parts, qkv, gate, b, a, state, batch)
 
@@ -382,44 +396,4 @@ class Ops:
             x: [T, H]. router_logits: [T, E]. gate_up: [E, 2 I, H]. down: [E, H, I].
             normalize: divide the chosen probabilities by their sum.
         """
-        weights, experts = widen(router_logits).softmax(-1).topk(top_k, dim=-1)
-        if normalize:
-            weights = weights / weights.sum(-1, keepdim=True)
-        out = torch.zeros_like(widen(x))
-        for expert in experts.unique().tolist():
-            row, choice = (experts == expert).nonzero(as_tuple=True)
-            gate, up = F.linear(x[row], gate_up[expert]).chunk(2, dim=1)
-            y = F.linear((F.silu(widen(gate)) * up).to(x.dtype), down[expert])
-            out.index_add_(0, row, y * weights[row, choice, None])
-        return out.to(x.dtype)
-
-
-def widen(x: Tensor) -> Tensor:
-    """x in the dtype that ops compute in: float32, or float64 for float64 inputs."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm in the wider of float32 and x's dtype, rounded once."""
-    wide = widen(x)
-    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return (normed * weight).to(x.dtype)
-
-
-def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
-    """Rotates x [T, heads, d] by rope [T, rot] (cos then sin), pairing channel i with i + rot/2."""
-    half = rope.shape[1] // 2
-    cos, sin = rope[:, None, :half], rope[:, None, half:]
-    first, second = x[..., :half], x[..., half : 2 * half]
-    rotated = (first * cos - second * sin, second * cos + first * sin)
-    return torch.cat((*(r.to(x.dtype) for r in rotated), x[..., 2 * half :]), dim=-1)
-
-
-def _norm_qk(qkv: Tensor, norm: QKNorm, q_width: int, kv_width: int, head_dim: int) -> Tensor:
-    q, k, v = qkv.split((q_width, kv_width, kv_width), dim=1)
-    if norm.mode == "head":
-        q = rms_norm(q.unflatten(1, (-1, head_dim)), norm.q, norm.eps).flatten(1)
-        k = rms_norm(k.unflatten(1, (-1, head_dim)), norm.k, norm.eps).flatten(1)
-    else:
-        q, k = rms_norm(q, norm.q, norm.eps), rms_norm(k, norm.k, norm.eps)
-    return torch.cat((q, k, v), dim=1)
+        return moe(x, router_logits, gate_up, down, top_k, normalize)

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from .weights import PackedLinear
+
 
 @dataclass(frozen=True)
 class DeltaParts:
@@ -29,6 +31,8 @@ class DeltaParts:
     norm: Tensor
     """[value_dim]."""
     eps: float
+    generator: PackedLinear | None = None
+    """From SiLU of the z columns to the filters; None where z is their code itself."""
 
     @property
     def widths(self) -> tuple[int, int, int]:

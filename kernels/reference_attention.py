@@ -69,7 +69,7 @@ def _decode(
     kv_heads, page_size = k_pages.shape[1:3]
     longest = int(ends.max())
     table = table[:, : -(-longest // page_size)]
-    k, v = (_gather(p, table, longest) for p in (k_pages, v_pages))
+    k, v = (gather(p, table, longest) for p in (k_pages, v_pages))
     position = torch.arange(longest, device=q.device)
     seen = position < ends[:, None]
     if window is not None:
@@ -94,7 +94,7 @@ def _chunk(
     """Consecutive queries of one sequence, the first at position `start`. q [n, Hq, d]."""
     end = start + len(q)
     table = table[None, : -(-end // k_pages.shape[2])]
-    k, v = (_gather(p, table, end) for p in (k_pages, v_pages))
+    k, v = (gather(p, table, end) for p in (k_pages, v_pages))
     queries = q.transpose(0, 1)[None]
     if start == 0 and window is None:
         out = F.scaled_dot_product_attention(
@@ -111,7 +111,7 @@ def _chunk(
     return out[0].transpose(0, 1)
 
 
-def _gather(pages: Tensor, table: Tensor, length: int) -> Tensor:
-    """Pages of each table row side by side, cut to length. -> [S, Hkv, length, d]."""
+def gather(pages: Tensor, table: Tensor, length: int) -> Tensor:
+    """Pages of each row of table [S, P] side by side, cut to length. -> [S, Hkv, length, d]."""
     gathered = pages[table.long()].transpose(1, 2)
     return gathered.flatten(2, 3)[:, :, :length]

@@ -15,17 +15,28 @@ import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from .batch import FlatBatch
     from .filters import ConvFilter
 
 
 def conv(
-    x: Tensor, z: Tensor | None, filters: ConvFilter, ring: Tensor, batch: FlatBatch
+    x: Tensor,
+    z: Tensor | None,
+    filters: ConvFilter,
+    ring: Tensor,
+    batch: FlatBatch,
+    apply: Callable[[Tensor, Tensor | None, ConvFilter], Tensor] | None = None,
 ) -> Tensor:
-    """See `Ops.conv`. Older rows are read before any is stored: a chunk may wrap the ring."""
+    """See `Ops.conv`. Older rows are read before any is stored: a chunk may wrap the ring.
+
+    Args:
+        apply: what generates and applies the filters, if not `apply_filter`.
+    """
     covered = torch.cat([x[:, s.start : s.stop] for s in filters.streams], dim=1)
     window = gather_window(covered, ring, batch, filters.width)
-    y = apply_filter(window, z, filters).to(x.dtype)
+    y = (apply or apply_filter)(window, z, filters).to(x.dtype)
     store_ring(covered, ring, batch)
     if filters.channels == x.shape[1]:
         return y
@@ -62,8 +73,14 @@ def apply_filter(window: Tensor, z: Tensor | None, filters: ConvFilter) -> Tenso
     return F.silu(y) if filters.activation == "silu" else y
 
 
-def dynamic_taps(z: Tensor, filters: ConvFilter) -> Tensor:
-    """The input-dependent part of the filters. z [T, Z] -> [T, W, D]."""
+def dynamic_taps(
+    z: Tensor, filters: ConvFilter, product: Callable[[Tensor, Tensor], Tensor] = F.linear
+) -> Tensor:
+    """The input-dependent part of the filters. z [T, Z] -> [T, W, D].
+
+    Args:
+        product: x [T, in] times weight [out, in] -> [T, out].
+    """
     parts: list[Tensor] = []
     done = 0
     for s in filters.streams:
@@ -71,7 +88,8 @@ def dynamic_taps(z: Tensor, filters: ConvFilter) -> Tensor:
         if filters.up is not None:
             up = filters.up[:, :, done : done + channels].to(z.dtype)
             code = z[:, s.z_start : s.z_start + filters.rank]
-            parts.append((code @ up.flatten(1)).view(-1, filters.width, channels))
+            taps = product(code, up.flatten(1).t())
+            parts.append(taps.reshape(-1, filters.width, channels))
         else:
             heads = channels // filters.head_size
             taps = z[:, s.z_start : s.z_start + heads * filters.width]

@@ -30,6 +30,7 @@ from .triton_filters import (
     swap_rows,
 )
 from .triton_launch import overlapped, start_next, wait_previous
+from .triton_lowrank_runs import lowrank_runs_kernel
 from .triton_runs import runs_kernel
 
 if TYPE_CHECKING:
@@ -163,17 +164,19 @@ def conv(
     batch: FlatBatch,
     residual: Tensor | None = None,
     tile: tuning.ConvTile | None = None,
+    mode: str | None = None,
 ) -> Tensor:
-    """See `Ops.conv`; with `residual` [T, C] contiguous, the sum of both."""
+    """See `Ops.conv`; with `residual` [T, C] contiguous, the sum of both. `mode` in place of that
+    of `step_mode`: "long" is right for every step."""
     x, z = _rows(x), _rows(z)
     count, width = x.shape
     pieces = segments(filters.streams, width)
-    mode = step_mode(filters, batch)
-    tile = tile or tuning.conv_tile(count, filters, mode == "long")
+    mode = mode or step_mode(filters, batch)
+    whole = mode == "long" and takes_runs(filters, pieces)
+    tile = tile or tuning.conv_tile(count, filters, count // len(batch.slots) if whole else 0)
     blocked, blocks = _blocked(pieces, tile.channels)
     out = torch.empty((count, width), dtype=x.dtype, device=x.device)
-    runs = tile.generate == "runs"
-    generate = generate_mode(filters, pieces, tile.channels, "swap" if runs else tile.generate)
+    generate = generate_mode(filters, pieces, tile.channels, tile.generate)
     arguments = (
         x, x.stride(0), x if z is None else z, 0 if z is None else z.stride(0),
         x if filters.up is None else filters.up, filters.static,
@@ -183,19 +186,29 @@ def conv(
     )  # fmt: skip
     shapes = {
         "SEGMENTS": blocked, "D": filters.channels, "W": filters.width, "R": filters.rank,
-        "HEAD": filters.head_size, "KIND": filters.kind, "GENERATE": generate,
         "BIAS": filters.bias is not None, "SCALE": filters.scale,
         "SILU": filters.activation == "silu", "ADD": residual is not None,
-        "RING": batch.ring_len, "N": tile.channels, "num_warps": tile.warps,
-        **overlapped(x),
+        "RING": batch.ring_len, "num_warps": tile.warps, **overlapped(x),
     }  # fmt: skip
-    if runs and mode == "long":
-        grid = (blocks, triton.cdiv(count, tile.rows))
-        runs_kernel[grid](*arguments, J=tile.rows * tile.channels // 256, **shapes)
-    else:
+    kinds = {"HEAD": filters.head_size, "KIND": filters.kind, "GENERATE": generate,
+             "N": tile.channels}  # fmt: skip
+    lowrank = tile.generate == "runs" and filters.kind == "lowrank"
+    if tile.generate != "runs":
         grid = (blocks, triton.cdiv(count, tile.rows * tile.repeat))
-        _conv_kernel[grid](*arguments, MODE=mode, M=tile.rows, REPEAT=tile.repeat, **shapes)
-    if mode == "long":
+        _conv_kernel[grid](
+            *arguments, MODE=mode, M=tile.rows, REPEAT=tile.repeat, **shapes, **kinds
+        )
+    elif lowrank:
+        seqs = len(batch.slots)
+        grid = (blocks, stretches(count, seqs, tile.rows))
+        lowrank_runs_kernel[grid](
+            *arguments[:12], batch.offsets, batch.starts, batch.slots, batch.ring_rows, seqs,
+            N=tile.channels, **marching(tile, seqs, x), **shapes,
+        )  # fmt: skip
+    else:
+        grid = (blocks, triton.cdiv(count, tile.rows))
+        runs_kernel[grid](*arguments, J=tile.rows * tile.channels // 256, **shapes, **kinds)
+    if mode == "long" and not lowrank:
         store_ring(x, filters, ring, batch)
     return out
 
@@ -221,6 +234,28 @@ def step_mode(filters: ConvFilter, batch: FlatBatch) -> str:
     if batch.max_rows + filters.width - 2 >= batch.ring_len:
         return "long"
     return "decode" if batch.max_rows == 1 else "short"
+
+
+def takes_runs(filters: ConvFilter, pieces: tuple[Segment, ...]) -> bool:
+    """Whether the kernel of long runs takes such filters over such columns."""
+    if filters.kind != "lowrank":
+        return True
+    whole = all(base >= 0 and (stop - start) % 32 == 0 for start, stop, base, _ in pieces)
+    return whole and filters.rank <= 16
+
+
+def stretches(count: int, seqs: int, rows: int) -> int:
+    """Most stretches of at most `rows` rows of one sequence that `count` rows consist of."""
+    return (count + seqs * (rows - 1)) // rows
+
+
+def marching(tile: tuning.ConvTile, seqs: int, x: Tensor) -> dict[str, int]:
+    """Launch arguments of the kernels of `triton_lowrank_runs`."""
+    cuda = x.is_cuda and torch.version.hip is None
+    return {
+        "SEQS": triton.next_power_of_2(seqs), "ROWS": tile.rows, "WARPS": tile.warps,
+        "STAGES": tile.stages, **({"maxnreg": tile.registers} if cuda and tile.registers else {}),
+    }  # fmt: skip
 
 
 def ring_row_stride(ring: Tensor) -> int:

@@ -18,7 +18,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import triton_chunk_attention, triton_conv, triton_moe, triton_qkv, tuning
+from . import (
+    triton_chunk_attention,
+    triton_conv,
+    triton_mlp,
+    triton_moe,
+    triton_qkv,
+    triton_sampling,
+    tuning,
+)
 from .ops import Ops
 from .triton_norm import norm_qk
 from .triton_ops import TritonOps
@@ -42,18 +50,32 @@ class FixedTritonOps(TritonOps):
     name = "triton, deterministic"
     # Each op of its own in its own launch, as the reference composes them.
     silu_linear = Ops.silu_linear
+    linear_add_rms_norm = Ops.linear_add_rms_norm
     conv_add_rms_norm = Ops.conv_add_rms_norm
 
     def linear(self, x: Tensor, packed: PackedLinear) -> Tensor:
         """See `Ops.linear`."""
         return fixed_linear(x, packed.weight, packed.bias)
 
+    def sample(
+        self,
+        logits: Tensor,
+        temperature: Tensor,
+        top_k: Tensor,
+        top_p: Tensor,
+        min_p: Tensor,
+        u: Tensor,
+    ) -> Tensor:
+        """See `Ops.sample`. One program a row, however few there are."""
+        return triton_sampling.sample(logits, temperature, top_k, top_p, min_p, u, parts=0)
+
     def conv(
         self, x: Tensor, z: Tensor | None, filters: ConvFilter, ring: Tensor, batch: FlatBatch
     ) -> Tensor:
-        """See `Ops.conv`. Filters are summed in one order: a tuned tile makes them in several."""
+        """See `Ops.conv`. One program for every step: tuned tiles sum filters in several orders,
+        and a compiler fuses multiplications and additions of each program as it likes."""
         tile = LOWRANK_TILE if filters.kind == "lowrank" else CONV_TILE
-        return triton_conv.conv(x, z, filters, ring, batch, tile=tile)
+        return triton_conv.conv(x, z, filters, ring, batch, tile=tile, mode="long")
 
     def qkv_rope_write(
         self,
@@ -118,11 +140,12 @@ class FixedTritonOps(TritonOps):
         ring: Tensor | None,
         batch: FlatBatch,
     ) -> Tensor:
-        """See `Ops.conv_silu_mul`. In two launches for any run, as long runs need."""
+        """See `Ops.conv_silu_mul`. In two launches for any run, as long runs need, and one program
+        for any number of rows: another one rounds the last bit otherwise."""
         if filters is not None:
             assert ring is not None
             gate_up = self.conv(gate_up, z, filters, ring, batch)
-        return super().conv_silu_mul(gate_up, None, None, None, batch)
+        return triton_mlp.silu_mul(gate_up, rows=1)
 
 
 @triton.jit(do_not_specialize=["rows"])

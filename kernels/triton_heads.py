@@ -108,8 +108,10 @@ def store_head(
         written = keep
     else:
         written = kv_row >= 0
-        page = kv_row // PAGE
-        inside = (kv_row % PAGE) * HEAD_DIM
+        # Unsigned, division by a page size is a shift.
+        slot = kv_row.to(tl.uint32)
+        page = (slot // PAGE).to(tl.int64)
+        inside = (slot % PAGE).to(tl.int32) * HEAD_DIM
         if is_v:
             place = page * v_page_stride + part_head * v_head_stride + inside
             target = v_pages + place[:, None]

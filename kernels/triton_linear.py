@@ -105,6 +105,32 @@ def _gemv_kernel(
         _store(out + m * width, y, count - m, out_features, 1, N, GATED)
 
 
+@triton.jit
+def _operands(
+    x, x_stride, rows, valid, m, count, at, K: tl.constexpr, BK: tl.constexpr, SLICES: tl.constexpr
+):
+    """Pointers and masks of a step of depth from `at` on: weights, then x.
+
+    [N, BK] and [M, BK], or with SLICES [SLICES, N, BK / SLICES] and [SLICES, M, BK / SLICES].
+    """
+    if SLICES == 1:
+        n_rows, n_valid, x_rows = rows[:, None], valid[:, None], m[:, None]
+        depth = at + tl.arange(0, BK)[None, :]
+    else:
+        n_rows, n_valid, x_rows = rows[None, :, None], valid[None, :, None], m[None, :, None]
+        depth = at + tl.arange(0, SLICES)[:, None, None] * (BK // SLICES)
+        depth += tl.arange(0, BK // SLICES)[None, None, :]
+    inside = depth < K
+    there = (x_rows < count) & inside
+    return n_rows + depth, n_valid & inside, x + x_rows * x_stride + depth, there
+
+
+@triton.jit
+def _multiply(w, value, total, SLICES: tl.constexpr):
+    turned = tl.trans(value) if SLICES == 1 else tl.permute(value, (0, 2, 1))
+    return tl.dot(w, turned, acc=total, input_precision="ieee")
+
+
 @triton.jit(do_not_specialize=["count"])
 def _skinny_kernel(
     x,
@@ -120,42 +146,57 @@ def _skinny_kernel(
     N: tl.constexpr,
     BK: tl.constexpr,
     SLICES: tl.constexpr,
+    EARLY: tl.constexpr,
+    PARTS: tl.constexpr,
     GATED: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """On matrix units. SLICES pieces of the depth are multiplied side by side, one a warp, and
     summed at the end: a single one is a chain of dependent products that takes longer than the
     read of its weights where a program has few outputs.
+
+    The weights of the first EARLY steps are fetched before x is waited for, and used last: the
+    pipeline of the others starts without waiting for them.
+
+    With PARTS a program takes a part of the depth, and out is [PARTS, count, out_features].
     """
     start_next(PDL)
-    wait_previous(PDL)
     n, valid = _outputs(out_features, N, GATED)
     m = tl.arange(0, M)
-    keep = m < count
     rows = weight + n.to(tl.int64) * K
-    if SLICES == 1:
-        total = tl.zeros((N, M), tl.float32)
-        for at in range(0, K, BK):
-            k = at + tl.arange(0, BK)
-            inside = (k < K)[None, :]
-            w = tl.load(rows[:, None] + k[None, :], mask=valid[:, None] & inside, other=0.0)
-            x_at = x + m[:, None] * x_stride + k[None, :]
-            value = tl.load(x_at, mask=keep[:, None] & inside, other=0.0)
-            total = tl.dot(w, tl.trans(value), acc=total, input_precision="ieee")
-    else:
-        depth = tl.arange(0, SLICES)[:, None, None] * (BK // SLICES)
-        depth += tl.arange(0, BK // SLICES)[None, None, :]
-        w_at = rows[None, :, None] + depth
-        x_at = x + m[None, :, None] * x_stride + depth
-        totals = tl.zeros((SLICES, N, M), tl.float32)
-        for at in range(0, K, BK):
-            inside = at + depth < K
-            w = tl.load(w_at + at, mask=valid[None, :, None] & inside, other=0.0)
-            value = tl.load(x_at + at, mask=keep[None, :, None] & inside, other=0.0)
-            totals = tl.dot(w, tl.permute(value, (0, 2, 1)), acc=totals, input_precision="ieee")
-        total = tl.sum(totals, axis=0)
+    begin = 0
+    end = K
+    if PARTS > 1:
+        length: tl.constexpr = (K + BK * PARTS - 1) // (BK * PARTS) * BK
+        begin = tl.program_id(1) * length
+        end = tl.minimum(begin + length, K)
+        out += tl.program_id(1) * count * out_features
+    early_weights = ()
+    for i in tl.static_range(EARLY):
+        at = begin + i * BK
+        w_at, w_mask, _, _ = _operands(x, x_stride, rows, valid, m, count, at, K, BK, SLICES)
+        early_weights = early_weights + (tl.load(w_at, mask=w_mask, other=0.0),)
+    wait_previous(PDL)
+    early_values = ()
+    for i in tl.static_range(EARLY):
+        at = begin + i * BK
+        _, _, x_at, x_mask = _operands(x, x_stride, rows, valid, m, count, at, K, BK, SLICES)
+        early_values = early_values + (tl.load(x_at, mask=x_mask, other=0.0),)
+    totals = tl.zeros((N, M) if SLICES == 1 else (SLICES, N, M), tl.float32)
+    for at in range(begin + EARLY * BK, end, BK):
+        w_at, w_mask, x_at, x_mask = _operands(
+            x, x_stride, rows, valid, m, count, at, K, BK, SLICES
+        )
+        w = tl.load(w_at, mask=w_mask, other=0.0)
+        value = tl.load(x_at, mask=x_mask, other=0.0)
+        totals = _multiply(w, value, totals, SLICES)
+    for i in tl.static_range(EARLY):
+        totals = _multiply(early_weights[i], early_values[i], totals, SLICES)
+    total = totals if SLICES == 1 else tl.sum(totals, axis=0)
     if BIAS:
-        total += tl.load(bias + n, mask=valid, other=0.0).to(tl.float32)[:, None]
+        # Once, with the first part.
+        there = valid & (tl.program_id(1) == 0)
+        total += tl.load(bias + n, mask=there, other=0.0).to(tl.float32)[:, None]
     _store(out, total, count, out_features, M, N, GATED)
 
 
@@ -209,7 +250,7 @@ def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, tile: tuning.LinearTile | None = None
 ) -> Tensor:
     """x [T, in], weight [out, in], bias [out] -> [T, out]."""
-    tile = tile or _find_tile(x, weight)
+    tile = tile or _find_tile(x, weight, gated=False)
     if tile is None:
         return F.linear(x, weight, bias)
     return _launch(x, weight, bias, tile, gated=False)
@@ -222,24 +263,42 @@ def silu_linear(
 
     None where cuBLAS is the faster one for the product.
     """
-    tile = tile or _find_tile(x, weight)
+    tile = tile or _find_tile(x, weight, gated=True)
     if tile is None:
         return None
     tile = replace(tile, outputs=max(tile.outputs, 2))
     return _launch(x, weight, bias, tile, gated=True)
 
 
-def _find_tile(x: Tensor, weight: Tensor) -> tuning.LinearTile | None:
-    """The table's tile if the device can run it."""
-    tile = tuning.linear_tile(len(x), *weight.shape, weight.dtype)
-    if tile is None or not weight.is_contiguous():
+def linear_parts(
+    x: Tensor, weight: Tensor, bias: Tensor | None, tile: tuning.LinearTile | None = None
+) -> Tensor | None:
+    """Parts of a linear layer's sums over the depth: x [T, in] -> [parts, T, out] float32.
+
+    For who reads them anyway and adds them up on the way, in order. None where a whole `linear` is
+    the faster one.
+    """
+    tile = tile or tuning.parts_tile(len(x), *weight.shape, weight.dtype)
+    if tile is None or not _can_run(tile, x, weight):
         return None
-    if tile.rows >= 8:
-        depth, stages = (weight.shape[1], 1) if tile.stages == 0 else (tile.depth, tile.stages)
-        stage = (tile.outputs + tile.rows) * depth * weight.element_size()
-        if stages_that_fit(stages, stage, x) < stages:
-            return None
-    return tile
+    return _launch(x, weight, bias, tile, gated=False)
+
+
+def _find_tile(x: Tensor, weight: Tensor, *, gated: bool) -> tuning.LinearTile | None:
+    """The table's tile if the device can run it."""
+    tile = tuning.linear_tile(len(x), *weight.shape, weight.dtype, gated=gated)
+    return tile if tile is not None and _can_run(tile, x, weight) else None
+
+
+def _can_run(tile: tuning.LinearTile, x: Tensor, weight: Tensor) -> bool:
+    if not weight.is_contiguous():
+        return False
+    if tile.rows < 8:
+        return True
+    depth, stages = (weight.shape[1], 1) if tile.stages == 0 else (tile.depth, tile.stages)
+    stages += tile.early
+    stage = (tile.outputs + tile.rows) * depth * weight.element_size()
+    return stages_that_fit(stages, stage, x) == stages
 
 
 def _launch(
@@ -248,10 +307,14 @@ def _launch(
     out_features, in_features = weight.shape
     width = out_features // 2 if gated else out_features
     x = x if x.stride(1) == 1 else x.contiguous()
-    out = torch.empty((len(x), width), dtype=x.dtype, device=x.device)
-    grid = (triton.cdiv(out_features, tile.outputs),)
+    if tile.parts > 1:
+        shape = (tile.parts, len(x), width)
+        out = torch.empty(shape, dtype=torch.float32, device=x.device)
+    else:
+        out = torch.empty((len(x), width), dtype=x.dtype, device=x.device)
+    grid = (triton.cdiv(out_features, tile.outputs), tile.parts)
     if gated:
-        grid = (triton.cdiv(width, tile.outputs // 2),)
+        grid = (triton.cdiv(width, tile.outputs // 2), 1)
     arguments = (
         x, x.stride(0), weight, weight if bias is None else bias, out, len(x), out_features
     )  # fmt: skip
@@ -265,5 +328,8 @@ def _launch(
     elif tile.stages == 0:
         _held_kernel[grid](*arguments, SLICES=tile.slices, **shapes)
     else:
-        _skinny_kernel[grid](*arguments, SLICES=tile.slices, **shapes)
+        steps = triton.cdiv(in_features, tile.depth * tile.parts)
+        _skinny_kernel[grid](
+            *arguments, SLICES=tile.slices, EARLY=min(tile.early, steps), PARTS=tile.parts, **shapes
+        )  # fmt: skip
     return out

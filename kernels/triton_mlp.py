@@ -151,13 +151,13 @@ def _conv_silu_mul_kernel(
             tl.store(target + up_channel[None, :], up_window[0], mask=mask)
 
 
-def silu_mul(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up. gate_up [T, 2 I] -> [T, I]."""
+def silu_mul(gate_up: Tensor, rows: int | None = None) -> Tensor:
+    """silu(gate) * up. gate_up [T, 2 I] -> [T, I]. `rows` of a program, if not what T suggests."""
     gate_up = gate_up if gate_up.stride(1) == 1 else gate_up.contiguous()
     count, inner = len(gate_up), gate_up.shape[1] // 2
     out = torch.empty((count, inner), dtype=gate_up.dtype, device=gate_up.device)
-    rows, block = (1, 512) if count <= 32 else (4, 512)
-    block = min(block, triton.next_power_of_2(inner))
+    rows = rows or (1 if count <= 32 else 4)
+    block = min(512, triton.next_power_of_2(inner))
     grid = (triton.cdiv(inner, block), triton.cdiv(count, rows))
     _silu_mul_kernel[grid](
         gate_up, gate_up.stride(0), out, count, INNER=inner, M=rows, N=block, num_warps=4,

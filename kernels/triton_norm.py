@@ -36,9 +36,11 @@ def _norm_kernel(
     H: tl.constexpr,
     EPS: tl.constexpr,
     ADD: tl.constexpr,
+    PARTS: tl.constexpr,
     N: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    """PARTS: x is [PARTS, rows, H] float32, and its sum, rounded, what is normed."""
     start_next(PDL)
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, N)
@@ -46,6 +48,15 @@ def _norm_kernel(
     scale = tl.load(weight + column, mask=valid, other=0.0).to(tl.float32)
     wait_previous(PDL)
     value = tl.load(x + row * x_stride + column, mask=valid, other=0.0)
+    if PARTS > 1:
+        # All on their way before the first is added.
+        others = ()
+        for i in tl.static_range(1, PARTS):
+            at = x + (i * tl.num_programs(0) + row) * x_stride + column
+            others = others + (tl.load(at, mask=valid, other=0.0),)
+        for i in tl.static_range(PARTS - 1):
+            value += others[i]
+        value = value.to(out.dtype.element_ty)
     if ADD:
         before = tl.load(residual + row * H + column, mask=valid, other=0.0)
         # What the next layer reads is the rounded sum, so the norm is of that.
@@ -173,9 +184,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """See `Ops.add_rms_norm`."""
-    x = x if x.stride(1) == 1 else x.contiguous()
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    """See `Ops.add_rms_norm`; x may also be parts of a sum [parts, T, H], added up in order."""
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    out = torch.empty(residual.shape, dtype=residual.dtype, device=x.device)
     total = torch.empty_like(out)
     _launch_norm(x, residual.contiguous(), weight, out, total, eps, add=True)
     return out, total
@@ -250,11 +261,12 @@ def _launch_norm(
     *,
     add: bool,
 ) -> None:
-    rows, width = x.shape
+    rows, width = out.view(-1, out.shape[-1]).shape
     block = triton.next_power_of_2(width)
     _norm_kernel[(rows,)](
-        x, x.stride(0), residual, weight, out, total,
-        H=width, EPS=eps, ADD=add, N=block, num_warps=_row_warps(block), **overlapped(x),
+        x, x.stride(-2), residual, weight, out, total,
+        H=width, EPS=eps, ADD=add, PARTS=len(x) if x.dim() == 3 else 1, N=block,
+        num_warps=_row_warps(block), **overlapped(x),
     )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from . import (
     triton_attention,
     triton_conv,
     triton_gated_conv,
+    triton_generated_conv,
     triton_linear,
     triton_mlp,
     triton_moe,
@@ -80,6 +81,14 @@ class TritonOps(Ops):
         """See `Ops.add_rms_norm`. The norm is of the rounded sum."""
         return triton_norm.add_rms_norm(x, residual, weight, eps)
 
+    def linear_add_rms_norm(
+        self, x: Tensor, packed: PackedLinear, residual: Tensor, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        """See `Ops.linear_add_rms_norm`: the norm may add up parts of the depth."""
+        parts = triton_linear.linear_parts(x, packed.weight, packed.bias)
+        y = self.linear(x, packed) if parts is None else parts
+        return triton_norm.add_rms_norm(y, residual, weight, eps)
+
     def conv(
         self, x: Tensor, z: Tensor | None, filters: ConvFilter, ring: Tensor, batch: FlatBatch
     ) -> Tensor:
@@ -104,6 +113,16 @@ class TritonOps(Ops):
         batch: FlatBatch,
     ) -> Tensor:
         """See `Ops.delta_rule`. Padding rows are left unwritten."""
+        if filters is not None and parts.generator is not None:
+            assert z is not None
+            assert ring is not None
+            if triton_generated_conv.can_generate(parts.generator, filters, batch):
+                qkv = triton_generated_conv.generated_conv(
+                    qkv, z, parts.generator, filters, ring, batch
+                )
+                z = filters = ring = None
+            else:
+                z = self.linear(triton_generated_conv.silu_code(z), parts.generator)
         return triton_recurrent.delta_rule(parts, qkv, z, filters, ring, gate, b, a, state, batch)
 
     def ssd(

@@ -29,6 +29,7 @@ from .triton_filters import (
 from .triton_heads import halves, load_norms, locate_head, store_head, turn
 from .triton_launch import overlapped, start_next, wait_previous
 from .triton_norm import norm_qk
+from .triton_qkv_lowrank_runs import qkv_lowrank_runs_kernel
 from .triton_qkv_runs import qkv_runs_kernel
 
 if TYPE_CHECKING:
@@ -231,8 +232,12 @@ def qkv_rope_write(
     q = torch.empty((count, q_heads, head_dim), dtype=qkv.dtype, device=qkv.device)
     half = (head_dim + 1) // 2
     mode = "long" if filters is None else triton_conv.step_mode(filters, batch)
-    whole = rope.shape[1] == head_dim and half in (32, 64, 128)
-    tile = tile or tuning.qkv_tile(count, filters, mode == "long" and whole)
+    seqs = len(batch.slots)
+    whole = mode == "long" and rope.shape[1] == head_dim and half in (32, 64, 128)
+    if whole and filters is not None and filters.kind == "lowrank":
+        assert parts is not None
+        whole = filters.rank <= 16 and all(base >= 0 for base, _, _ in parts)
+    tile = tile or tuning.qkv_tile(count, filters, count // seqs if whole else 0, half)
     runs = tile.generate == "runs"
     pairs = min(tile.channels, triton.next_power_of_2(half))
     if norm is not None or runs:
@@ -269,19 +274,28 @@ def qkv_rope_write(
         ring, triton_conv.ring_row_stride(ring), *norms, rope, q, *pages, *meta, count,
     )  # fmt: skip
     shapes = {
-        "PARTS": parts, "D": filters.channels, "W": filters.width, "HEAD": filters.head_size,
-        "KIND": filters.kind, "BIAS": filters.bias is not None, "SCALE": filters.scale,
-        "SILU": filters.activation == "silu", "RING": batch.ring_len,
-        "GENERATE": _generate_mode(filters, parts, pairs, head_dim, rope.shape[1], tile.generate),
-        **common,
+        "PARTS": parts, "D": filters.channels, "W": filters.width,
+        "BIAS": filters.bias is not None, "SCALE": filters.scale,
+        "SILU": filters.activation == "silu", "RING": batch.ring_len, **common,
     }  # fmt: skip
-    if runs:
+    kinds = {
+        "HEAD": filters.head_size, "KIND": filters.kind,
+        "GENERATE": _generate_mode(filters, parts, pairs, head_dim, rope.shape[1], tile.generate),
+    }  # fmt: skip
+    lowrank = runs and filters.kind == "lowrank"
+    if not runs:
+        _qkv_kernel[grid](*arguments, R=filters.rank, **tiled, **shapes, **kinds)
+    elif lowrank:
+        grid = (heads, triton_conv.stretches(count, seqs, tile.rows))
+        qkv_lowrank_runs_kernel[grid](
+            *arguments[:19], batch.offsets, batch.starts, batch.slots, batch.ring_rows,
+            batch.kv_rows, seqs, R=filters.rank, **triton_conv.marching(tile, seqs, qkv), **shapes,
+        )  # fmt: skip
+    else:
         rows = tile.rows * tile.channels // 256
         grid = (heads, triton.cdiv(count, rows * (256 // pairs)))
-        qkv_runs_kernel[grid](*arguments, J=rows, **shapes)
-    else:
-        _qkv_kernel[grid](*arguments, R=filters.rank, **tiled, **shapes)
-    if mode == "long":
+        qkv_runs_kernel[grid](*arguments, J=rows, **shapes, **kinds)
+    if mode == "long" and not lowrank:
         triton_conv.store_ring(qkv, filters, ring, batch)
     return q
 

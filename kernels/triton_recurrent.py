@@ -4,11 +4,10 @@
 """Linear recurrences with state in place: the gated delta rule and Mamba-2's SSD.
 
 A step in which no sequence has more than one row reads and writes each head's state once
-(`triton_recurrent_step`). Otherwise every program walks over its sequence's rows 16 at a time
-(`_chunk_kernel`), in the form in which a chunk's corrections come from one triangular system. In
-both, the state of a sequence that starts at position 0 is zero whatever the slot holds, and a
-sequence without rows touches nothing. Gated norms whose group one program of a step holds are fused
-into it; the others take a launch (`_norm_kernel`).
+(`triton_recurrent_step`); otherwise rows are taken in chunks (`triton_recurrent_chunk`). In both,
+the state of a sequence that starts at position 0 is zero whatever the slot holds, and a sequence
+without rows touches nothing. Gated norms whose group one program of a step holds are fused into it;
+the others take a launch (`_norm_kernel`).
 
 Both recurrences are one kernel: `DELTA` says which. See `reference_recurrent` for the mathematics.
 """
@@ -24,135 +23,13 @@ from torch import Tensor
 
 from . import triton_conv
 from .triton_launch import overlapped, start_next, wait_previous
-from .triton_recurrent_step import INDICES, silu, softplus, step_kernel, vectors
+from .triton_recurrent_chunk import walk
+from .triton_recurrent_step import INDICES, silu, step_kernel
 
 if TYPE_CHECKING:
     from .batch import FlatBatch
     from .filters import ConvFilter
     from .recurrent import DeltaParts, SSDParts
-
-CHUNK = 16
-"""Rows of a chunk: the least that matrix units take, and a power of two for `_inverse`."""
-
-
-@triton.jit
-def _inverse(lower, C: tl.constexpr):
-    """(1 + lower)^-1 of a strictly lower triangular [16, 16].
-
-    lower^16 is zero, so the inverse is (1 - lower)(1 + lower^2)(1 + lower^4)(1 + lower^8). Where
-    keys repeat, the powers are large and cancel; one Newton step takes out what rounding left.
-    """
-    m = tl.arange(0, C)
-    one = tl.where(m[:, None] == m[None, :], 1.0, 0.0)
-    second = tl.dot(lower, lower, input_precision="ieee")
-    fourth = tl.dot(second, second, input_precision="ieee")
-    eighth = tl.dot(fourth, fourth, input_precision="ieee")
-    y = one - lower
-    y += tl.dot(y, second, input_precision="ieee")
-    y += tl.dot(y, fourth, input_precision="ieee")
-    y += tl.dot(y, eighth, input_precision="ieee")
-    rest = one - y - tl.dot(lower, y, input_precision="ieee")
-    return y + tl.dot(y, rest, input_precision="ieee")
-
-
-@triton.jit(do_not_specialize_on_alignment=INDICES)
-def _chunk_kernel(
-    x,
-    x_stride,
-    gate,
-    gate_stride,
-    b,
-    b_stride,
-    a,
-    a_stride,
-    rate,
-    dt_bias,
-    skip,
-    state,
-    out,
-    starts,
-    offsets,
-    slots,
-    Q_AT: tl.constexpr,
-    K_AT: tl.constexpr,
-    V_AT: tl.constexpr,
-    GROUP: tl.constexpr,
-    HEADS: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    DELTA: tl.constexpr,
-    SILU_Q: tl.constexpr,
-    SILU_K: tl.constexpr,
-    SILU_V: tl.constexpr,
-    SCALE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    KP: tl.constexpr,
-    N: tl.constexpr,
-    C: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """All rows of a sequence, one head, N channels of V. Writes o, or SSD's gated y, in float32."""
-    start_next(PDL)
-    j = tl.program_id(0) * N + tl.arange(0, N)
-    head = tl.program_id(1)
-    seq = tl.program_id(2)
-    i = tl.arange(0, KP)
-    m = tl.arange(0, C)
-    head_rate = tl.load(rate + head)
-    head_bias = tl.load(dt_bias + head)
-    wait_previous(PDL)
-    first = tl.load(offsets + seq)
-    rows = tl.load(offsets + seq + 1) - first
-    if rows > 0:
-        has_past = tl.load(starts + seq) > 0
-        slot = tl.load(slots + seq).to(tl.int64)
-        inside = (i < K)[:, None] & (j < V)[None, :]
-        place = state + (slot * HEADS + head) * (K * V) + i[:, None] * V + j[None, :]
-        s = tl.load(place, mask=inside & has_past, other=0.0)
-        key = ((head // GROUP) * K + i)[None, :]
-        if not DELTA:
-            head_skip = tl.load(skip + head)
-        for at in range(0, rows, C):
-            row = (first + at + m).to(tl.int64)
-            keep = at + m < rows
-            line = x + row[:, None] * x_stride
-            keys = keep[:, None] & (i < K)[None, :]
-            q = vectors(line + Q_AT, key, keys, SILU_Q)
-            k = vectors(line + K_AT, key, keys, SILU_K)
-            here = keep[:, None] & (j < V)[None, :]
-            value = vectors(line + V_AT, (head * V + j)[None, :], here, SILU_V)
-            raw = tl.load(a + row * a_stride + head, mask=keep, other=0.0).to(tl.float32)
-            soft = softplus(raw + head_bias)
-            total = tl.cumsum(tl.where(keep, head_rate * soft, 0.0), axis=0)
-            at_or_after = m[:, None] >= m[None, :]
-            gap = tl.where(at_or_after, total[:, None] - total[None, :], 0.0)
-            left = tl.where(at_or_after, tl.exp(gap), 0.0)
-            since = tl.exp(total)[:, None]
-            if DELTA:
-                q *= (tl.rsqrt(tl.sum(q * q, axis=1) + 1e-6) * SCALE)[:, None]
-                k *= tl.rsqrt(tl.sum(k * k, axis=1) + 1e-6)[:, None]
-                raw = tl.load(b + row * b_stride + head, mask=keep, other=0.0).to(tl.float32)
-                beta = tl.where(keep, tl.sigmoid(raw), 0.0)
-                alike = tl.dot(k, tl.trans(k), input_precision=PRECISION)
-                lower = tl.where(m[:, None] > m[None, :], left * alike, 0.0) * beta[:, None]
-                known = since * tl.dot(k, s, input_precision=PRECISION)
-                rest = beta[:, None] * (value - known)
-                u = tl.dot(_inverse(lower, C), rest, input_precision="ieee")
-            else:
-                u = value * soft[:, None]
-            seen = left * tl.dot(q, tl.trans(k), input_precision=PRECISION)
-            o = since * tl.dot(q, s, input_precision=PRECISION)
-            o += tl.dot(seen, u, input_precision=PRECISION)
-            end = tl.sum(tl.where(m == C - 1, total, 0.0), axis=0)
-            later = k * tl.exp(end - total)[:, None]
-            s = s * tl.exp(end) + tl.dot(tl.trans(later), u, input_precision=PRECISION)
-            if not DELTA:
-                there = gate + row[:, None] * gate_stride + (head * V + j)[None, :]
-                gates = silu(tl.load(there, mask=here, other=0.0).to(tl.float32))
-                o = (o + head_skip * value) * gates
-            target = out + (row[:, None] * HEADS + head) * V + j[None, :]
-            tl.store(target, o, mask=here)
-        tl.store(place, s, mask=inside)
 
 
 @triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=INDICES)
@@ -303,14 +180,7 @@ def _recur(
             STREAMS=streams, num_warps=warps, **overlapped(x),
         )  # fmt: skip
         return out, is_fused
-    out = torch.empty((count, width), dtype=torch.float32, device=x.device)
-    block, warps = chunk_tile(value_dim)
-    _chunk_kernel[(triton.cdiv(value_dim, block), heads, seqs)](
-        x, x.stride(0), *addresses, state, out, *rows, **shape, KP=padded, N=block, C=CHUNK,
-        PRECISION="ieee" if x.dtype == torch.float32 else "tf32", num_warps=warps,
-        num_stages=1, **overlapped(x),
-    )  # fmt: skip
-    return out, False
+    return walk(shape, x, gate, scalars[:5], state, batch, chunk_tile(value_dim)), False
 
 
 def _fused_conv(

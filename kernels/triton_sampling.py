@@ -1,7 +1,8 @@
 # Triton's kernel language is not Python's: constexpr arguments, launch options, static ranges.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 # pyright: reportOperatorIssue=false, reportReturnType=false, reportAssignmentType=false
-"""Drawing token ids without a sort: one program a row, thresholds found by search.
+"""Drawing token ids without a sort: one program a row, thresholds found by search. For few rows
+`triton_part_sampling` does the same with many programs.
 
 top-k and top-p keep the tokens at least as probable as some threshold, and how much lies above a
 threshold only falls as it rises: so the threshold is searched for among the float numbers, four
@@ -17,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import triton_part_sampling
 from .reference_sampling import LEAST_TEMPERATURE
 from .triton_launch import overlapped, start_next, wait_previous
 
@@ -141,11 +143,22 @@ def _sum(weights, least, vocab, N: tl.constexpr):
 
 
 def sample(
-    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, u: Tensor
+    logits: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    u: Tensor,
+    parts: int | None = None,
 ) -> Tensor:
-    """See `Ops.sample`."""
+    """See `Ops.sample`. Few rows are spread over programs, unless `parts` is 0: that is the same
+    sum, but for its rounding, whatever the number of rows.
+    """
     rows, vocab = logits.shape
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
+    parts = triton_part_sampling.parts_of(logits) if parts is None else parts
+    if parts:
+        return triton_part_sampling.sample(logits, temperature, top_k, top_p, min_p, u, parts)
     weights = torch.empty((rows, vocab), dtype=torch.float32, device=logits.device)
     ids = torch.empty(rows, dtype=torch.int64, device=logits.device)
     block = min(4096, triton.next_power_of_2(vocab))

@@ -22,15 +22,32 @@ class ConvTile:
     channels: int
     warps: int
     generate: str = "dot"
-    """See `triton_filters`; "runs": `triton_runs`, one warp, rows x channels = 256 J, J even."""
+    """See `triton_filters`. "runs", for long runs alone: `triton_runs`, one warp, rows x channels =
+    256 J, and of low-rank filters `triton_lowrank_runs`."""
     repeat: int = 1
     """Row tiles that one program takes in turn, with the weights kept in registers."""
+    stages: int = 1
+    """Steps of "runs" of low-rank filters whose inputs are on their way or in use."""
+    registers: int = 0
+    """Most registers of a thread of "runs" of low-rank filters; 0: as many as it likes."""
 
 
-def conv_tile(rows: int, filters: ConvFilter, long: bool) -> ConvTile:
-    """The tile of `Ops.conv` for `rows` rows of the flat batch; `long`: some runs are long."""
-    if long and rows > 512 and filters.kind != "lowrank":
-        return ConvTile(4, 256, 1, "runs")
+def conv_tile(rows: int, filters: ConvFilter, run: int) -> ConvTile:
+    """The tile of `Ops.conv` for `rows` rows of the flat batch.
+
+    `run`: rows a sequence on average if some runs are long and the kernel of "runs" takes them.
+    """
+    if run > 0 and rows > 512:
+        if filters.kind != "lowrank":
+            return ConvTile(4, 256, 1, "runs")
+        if run >= 64:
+            wide = all((s.stop - s.start) % 64 == 0 for s in filters.streams)
+            channels = 64 if wide else 32
+            programs = filters.channels // channels * rows
+            size = _stretch(programs, 700)
+            # Capped, more programs run at once, and spill: worth it if all of them then fit.
+            registers = 168 if programs <= 800 * size else 0
+            return ConvTile(size, channels, channels // 32, "runs", stages=3, registers=registers)
     if filters.kind == "lowrank" and filters.rank <= 16 and 1 < rows <= 8:
         return ConvTile(2, 64, 2, "fma")
     return pair_tile(rows, filters)
@@ -49,13 +66,17 @@ def pair_tile(rows: int, filters: ConvFilter) -> ConvTile:
     return ConvTile(4, 128, 4) if rows <= 512 else ConvTile(8, 128, 4)
 
 
-def qkv_tile(rows: int, filters: ConvFilter | None, runs: bool) -> ConvTile:
+def qkv_tile(rows: int, filters: ConvFilter | None, run: int, half: int) -> ConvTile:
     """The tile of `Ops.qkv_rope_write`; `channels` counts pairs, of half a head at most.
 
-    `runs`: some runs are long, and heads have the shape that "runs" takes.
+    `run`: as in `conv_tile`. `half`: pairs of a head.
     """
-    if runs and rows > 512 and filters is not None and filters.kind != "lowrank":
-        return ConvTile(16, 64, 1, "runs")
+    if run > 0 and rows > 512 and filters is not None:
+        if filters.kind != "lowrank":
+            return ConvTile(16, 64, 1, "runs")
+        if run >= 64:
+            size = _stretch(filters.channels // (2 * half) * rows, 350)
+            return ConvTile(size, half, half // 16, "runs", stages=2, registers=168)
     if filters is None:
         return ConvTile(8, 64, 4) if rows <= 512 else ConvTile(16, 64, 4)
     if filters.kind != "lowrank":
@@ -63,6 +84,17 @@ def qkv_tile(rows: int, filters: ConvFilter | None, runs: bool) -> ConvTile:
     if rows == 1 and filters.rank <= 16:
         return ConvTile(1, 64, 4, "fma")
     return ConvTile(16, 64, 4) if rows <= 512 else ConvTile(64, 32, 4, "swap")
+
+
+def _stretch(programs: int, least: int) -> int:
+    """Rows of a program of `triton_lowrank_runs`: many, as long as `least` programs remain.
+
+    `programs`: how many there would be of one row.
+    """
+    size = 512
+    while size > 64 and programs < least * size:
+        size //= 2
+    return size
 
 
 @dataclass(frozen=True)
@@ -83,6 +115,29 @@ def split_tile(heads: int, max_len: int) -> SplitTile:
     """`heads` = sequences x kv heads; `max_len` bounds the contexts."""
     splits = max(1, min(528 // heads, -(-max_len // 64), 32))
     return SplitTile(64, splits, 8 if splits > 1 else 4, 2)
+
+
+@dataclass(frozen=True)
+class DecodeTile:
+    """Attention of one row without groups: keys that a group of lanes takes at a time, parts a
+    sequence's context is cut into."""
+
+    keys: int
+    splits: int
+    warps: int
+    ahead: int
+    """Tiles on their way while one is used."""
+
+
+def decode_tile(heads: int, max_len: int) -> DecodeTile | None:
+    """As `split_tile`; None where that one's tile is as fast."""
+    if heads > 256:
+        return None
+    most = -(-max_len // 32)
+    # As many programs as run at once.
+    if heads <= 32:
+        return DecodeTile(4, max(1, min(924 // heads, most, 32)), 2, 2)
+    return DecodeTile(4, max(1, min(528 // heads, most)), 4, 1)
 
 
 @dataclass(frozen=True)
@@ -114,12 +169,16 @@ class LinearTile:
     """0: all weights are fetched before x is waited for."""
     slices: int = 1
     """Pieces of the depth that are multiplied side by side and summed at the end."""
+    early: int = 0
+    """Steps of depth whose weights are fetched before x is waited for."""
+    parts: int = 1
+    """Parts of the depth that programs of their own take; see `triton_linear.linear_parts`."""
 
 
 def linear_tile(
-    rows: int, out_features: int, in_features: int, dtype: torch.dtype
+    rows: int, out_features: int, in_features: int, dtype: torch.dtype, *, gated: bool = False
 ) -> LinearTile | None:
-    """None: cuBLAS is as fast."""
+    """None: cuBLAS is as fast. `gated`: with the SiLU product that follows in the same launch."""
     if dtype.itemsize != 2:
         return None
     deep, wide = in_features > 4096, out_features >= 6000
@@ -133,12 +192,22 @@ def linear_tile(
         if out_features >= 50_000:
             return LinearTile(2, 1, 1024, 2, 1)
         return LinearTile(2, 2, 2048, 4, 1) if wide else LinearTile(2, 2, 1024, 2, 1)
-    if rows > 32 or (wide and deep):
+    if rows > 128 or (wide and deep):
         return None
+    if rows > 64:
+        return LinearTile(128, 64, 64, 4, 4) if gated and wide else None
+    if rows > 32:
+        if 8000 <= out_features < 50_000:
+            return LinearTile(64, 64, 128, 4, 3)
+        return LinearTile(64, 64, 64, 4, 8 if out_features < 8000 else 4) if wide else None
     most = 8 if rows <= 8 else 16 if rows <= 16 else 32
     if wide:
         if rows <= 8 and out_features >= 50_000:
             return LinearTile(8, 16, 512, 4, 4, 4)
+        if rows <= 8 and out_features >= 8000:
+            return LinearTile(8, 64, 128, 4, 3, early=4)
+        if 8 < rows <= 16 and 8000 <= out_features < 50_000:
+            return LinearTile(16, 64, 128, 4, 3, early=2)
         if rows > 8 and out_features < 8000:
             return LinearTile(most, 64, 256, 4, 3)
         return LinearTile(most, 64, 128, 4, 4)
@@ -146,7 +215,19 @@ def linear_tile(
         return LinearTile(32, 16, 512, 4, 4, 4)
     if rows > 8:
         return LinearTile(16, 16, 512, 8, 5, 8)
-    return LinearTile(8, 16, 512, 8, 8, 8) if deep else LinearTile(8, 16, 1024, 4, 0, 4)
+    return LinearTile(8, 16, 512, 8, 6, 8, early=2) if deep else LinearTile(8, 16, 1024, 4, 0, 4)
+
+
+def parts_tile(
+    rows: int, out_features: int, in_features: int, dtype: torch.dtype
+) -> LinearTile | None:
+    """For a layer whose output a norm reads and can add up. None: a whole `linear` is as fast."""
+    parts = min(8, 8192 // out_features)
+    if dtype.itemsize != 2 or not 32 < rows <= 128 or parts < 2 or in_features <= 4096:
+        return None
+    if rows > 64:
+        return LinearTile(128, 64, 64, 4, 6, parts=parts)
+    return LinearTile(64, 64, 128, 4, 4, parts=parts)
 
 
 @dataclass(frozen=True)

@@ -140,6 +140,7 @@ def _check_judgement(scenario: Scenario) -> None:
 def run_command(
     target: opt.Target,
     scenario: opt.ScenarioName = None,
+    scale: opt.Scale = None,
     overrides: opt.Overrides = None,
     strategy: opt.Strategy = None,
     rate: opt.Rate = None,
@@ -221,6 +222,7 @@ def run_command(
             stop={"width": stop_width, "slo": stop_on_slo},
             top={"seed": seed, "slo": slo or None, "goodput": goodput or None},
             canary_every=canary_every,
+            scale=scale,
         )
         _check_judgement(made)
         if parquet:

@@ -16,6 +16,9 @@ from .records import HARMLESS, RequestRecord, pack_counts, pack_offsets
 from .stream import EnoughTokens, MalformedError, StreamSink, TokenCounter
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from .http import Connection, Exchange
     from .records import Outcome
 
 ENDPOINTS = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
@@ -83,24 +86,49 @@ class Client:
         body[limit] = outgoing.max_tokens
         return msgspec.json.encode(body)
 
-    def encode(self, outgoing: Outgoing) -> bytes:
-        """The bytes of a request; what can be made before its time should be."""
-        return self.pool.encode("POST", ENDPOINTS[outgoing.endpoint], self._body(outgoing))
+    def prepare(self, outgoing: Outgoing) -> Answer:
+        """Makes all that can be made before a request's time."""
+        path = ENDPOINTS[outgoing.endpoint]
+        request = self.pool.encode("POST", path, self._body(outgoing))
+        return Answer(outgoing, request, self._sink(outgoing))
 
-    async def send(
-        self, outgoing: Outgoing, intended: float, dispatched: float, request: bytes | None = None
-    ) -> Answer:
-        """Sends and reads to the end, whatever the end is.
+    def _sink(self, outgoing: Outgoing) -> StreamSink:
+        return StreamSink(
+            keep_output=outgoing.keep_output or outgoing.expected is not None,
+            cancel_after=outgoing.cancel_after,
+            counter=self.counter,
+        )
 
-        Args:
-            intended: when it should have been sent, on the run's clock.
-            dispatched: when the client turned to it.
-            request: what `encode` made of it, if it did.
-        """
-        answer = Answer(outgoing, intended, dispatched, self.origin)
+    def turn_to(self, answer: Answer, intended: float) -> None:
+        """Its time has come; `intended` is when that should have been, on the run's clock."""
+        answer.intended, answer.origin = intended, self.origin
+        answer.dispatched = self.now()
+
+    def launch(self, answer: Answer) -> None:
+        """Writes the request if a connection is open; else `follow` will."""
+        # a slow reader shrinks its socket's buffers, so it shares no connection
+        if answer.outgoing.read_rate is None and (connection := self.pool.take()) is not None:
+            answer.reused = True
+            self._begin(answer, connection)
+
+    def _begin(self, answer: Answer, connection: Connection) -> None:
+        assert answer.sink is not None
+
+        def ended(stamp: float) -> None:
+            self.pool.release(connection)
+            answer.complete(stamp)
+
+        answer.connection = connection
+        answer.exchange = connection.begin(
+            answer.request, answer.sink, answer.outgoing.read_rate, ended
+        )
+        answer.sent = answer.exchange.sent
+
+    async def follow(self, answer: Answer) -> None:
+        """Reads to the end, whatever the end is."""
         try:
             async with asyncio.timeout(self.options.timeout):
-                await self._attempts(answer, request or self.encode(outgoing))
+                await self._attempts(answer)
         except TimeoutError:
             answer.outcome = "timeout"
             answer.message = f"not finished within {self.options.timeout:g} s"
@@ -108,78 +136,88 @@ class Client:
             answer.outcome = "unfinished"
             answer.message = "the run ended first"
         answer.close(self.now())
+
+    async def send(self, outgoing: Outgoing, intended: float) -> Answer:
+        """All of it at once."""
+        answer = self.prepare(outgoing)
+        self.turn_to(answer, intended)
+        await self.follow(answer)
         return answer
 
-    async def _attempts(self, attempt: Answer, request: bytes) -> None:
+    async def _attempts(self, answer: Answer) -> None:
         for number in range(self.options.retries + 1):
-            attempt.number = number + 1
-            await self._attempt(attempt, request)
-            refused = attempt.outcome == "refused"
-            overloaded = attempt.outcome == "http_error" and attempt.status in _RETRIED
+            if number:
+                answer.again(self._sink(answer.outgoing))
+            await self._attempt(answer)
+            refused = answer.outcome == "refused"
+            overloaded = answer.outcome == "http_error" and answer.status in _RETRIED
             if number == self.options.retries or not (refused or overloaded):
                 return
-            await asyncio.sleep(self._pause(attempt, number))
+            await asyncio.sleep(self._pause(answer, number))
 
-    def _pause(self, attempt: Answer, number: int) -> float:
-        asked = attempt.sink.headers.get("retry-after", "") if attempt.sink else ""
+    def _pause(self, answer: Answer, number: int) -> float:
+        asked = answer.sink.headers.get("retry-after", "") if answer.sink else ""
         if self.options.honour_retry_after and asked.replace(".", "", 1).isdigit():
             return float(asked)
         return min(0.1 * 2**number, 5.0)
 
-    async def _attempt(self, attempt: Answer, request: bytes) -> None:
-        out = attempt.outgoing
-        # a slow reader shrinks its socket's buffers, so it shares no connection
-        fresh = out.read_rate is not None
-        sink = attempt.sink = StreamSink(
-            keep_output=out.keep_output or out.expected is not None,
-            cancel_after=out.cancel_after,
-            counter=self.counter,
-        )
+    async def _attempt(self, answer: Answer) -> None:
+        sink = answer.sink
+        assert sink is not None
         try:
-            connection, attempt.reused = await self.pool.acquire(fresh=fresh)
+            if answer.exchange is None:
+                fresh = answer.outgoing.read_rate is not None
+                connection, answer.reused = await self.pool.acquire(fresh=fresh)
+                self._begin(answer, connection)
+            assert answer.connection is not None
+            assert answer.exchange is not None
+            await answer.connection.finish(answer.exchange)
         except ConnectError as error:
-            attempt.outcome = "refused" if error.refused else "connect_error"
-            attempt.message = str(error)
-            attempt.sink = None
-            return
-        try:
-            attempt.sent = perf_counter()
-            attempt.sent = await connection.exchange(request, sink, out.read_rate)
-            self.pool.release(connection)
-            attempt.judge()
+            answer.outcome = "refused" if error.refused else "connect_error"
+            answer.message = str(error)
+            answer.sink = None
         except ConnectionLostError as error:
             if sink.done is not None:
-                attempt.judge()
+                answer.judge()
             else:
-                attempt.outcome = "truncated" if sink.first_byte is not None else "reset"
-                attempt.message = str(error)
+                answer.outcome = "truncated" if sink.first_byte is not None else "reset"
+                answer.message = str(error)
         except EnoughTokens:
-            attempt.outcome = "cancelled"
+            answer.outcome = "cancelled"
         except (MalformedError, ProtocolError) as error:
-            attempt.outcome, attempt.message = "malformed", str(error)
+            answer.outcome, answer.message = "malformed", str(error)
 
 
 class Answer:
-    """What became of a request. Making its record is left for later: a user who waits for this
-    answer to ask again must not wait for the book-keeping too."""
+    """A request with what became of it. Making its record is left for later: a user who waits for
+    this answer to ask again must not wait for the book-keeping too."""
 
-    def __init__(
-        self, outgoing: Outgoing, intended: float, dispatched: float, origin: float
-    ) -> None:
+    def __init__(self, outgoing: Outgoing, request: bytes, sink: StreamSink) -> None:
         self.outgoing = outgoing
+        self.request = request
+        """The bytes to send."""
         self.number = 1
         """Attempts."""
         self.outcome: Outcome = "ok"
         self.message: str | None = None
+        self.intended = 0.0
+        self.dispatched: float | None = None
+        """When the client turned to it; None if it has not."""
         self.sent: float | None = None
         self.reused = False
-        self.sink: StreamSink | None = None
+        self.sink: StreamSink | None = sink
         """Of the last attempt; None if nothing was ever sent."""
-        self.end = intended
+        self.connection: Connection | None = None
+        self.exchange: Exchange | None = None
+        self.end = 0.0
         """On the run's clock."""
-        self._intended = intended
-        self._dispatched = dispatched
-        self._origin = origin
+        self.free = 0.0
+        """When whoever waited for it may go on: `end`, or the last byte of an answer that is
+        complete, which comes after its [DONE]."""
+        self.on_end: Callable[[float], None] | None = None
+        """Called with `free` as soon as an answer that was not refused is complete, before it is
+        looked into."""
+        self.origin = 0.0
 
     @property
     def status(self) -> int | None:
@@ -188,6 +226,19 @@ class Answer:
     @property
     def failed(self) -> bool:
         return self.outcome not in HARMLESS
+
+    def again(self, sink: StreamSink) -> None:
+        """Another attempt."""
+        self.number += 1
+        self.outcome, self.message = "ok", None
+        self.sink, self.connection, self.exchange = sink, None, None
+
+    def complete(self, stamp: float) -> None:
+        """The HTTP message is complete."""
+        self.free = stamp - self.origin
+        if self.on_end is not None and self.status == 200:
+            self.on_end(self.free)
+        self.judge()
 
     def judge(self) -> None:
         """Names the outcome of an answer whose HTTP message is complete."""
@@ -199,22 +250,24 @@ class Answer:
         """Nothing more will come; the end is that of the last bytes, if they tell."""
         sink, self.end = self.sink, now
         if sink is None:
+            self.free = now
             return
         if self.outcome == "ok" and sink.done is not None:
-            self.end = sink.done - self._origin
+            self.end = sink.done - self.origin
         elif self.outcome != "timeout" and sink.last_stamp is not None:
-            self.end = sink.last_stamp - self._origin
+            self.end = sink.last_stamp - self.origin
+        self.free = max(self.free, self.end)
 
     def record(self) -> RequestRecord:
         """All that is remembered of it."""
-        out, sink, origin = self.outgoing, self.sink, self._origin
+        out, sink, origin = self.outgoing, self.sink, self.origin
         record = RequestRecord(
             index=out.index,
             turn=out.turn,
             traffic=out.traffic,
             kind="load" if out.expected is None else "canary",
-            intended=self._intended,
-            dispatched=self._dispatched,
+            intended=self.intended,
+            dispatched=self.intended if self.dispatched is None else self.dispatched,
             sent=self.sent - origin if self.sent is not None else None,
             end=self.end,
             outcome=self.outcome,
@@ -234,7 +287,7 @@ class Answer:
             record.first_token, record.last_token = stamps[0], stamps[-1]
         record.finish_reason = sink.finish_reason
         record.output_tokens, record.basis = sink.output_tokens, sink.basis
-        record.chunk_us = pack_offsets([stamp - self._intended for stamp in stamps])
+        record.chunk_us = pack_offsets([stamp - self.intended for stamp in stamps])
         record.chunk_tokens = pack_counts(sink.chunk_counts)
         record.early_stop = (
             record.completed

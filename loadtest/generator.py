@@ -17,10 +17,10 @@ from .arrivals import level_at
 from .records import AuditSample
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
+    from collections.abc import Callable, Coroutine
 
     from .arrivals import Stage
-    from .client import Answer, Client, Outgoing
+    from .client import Answer, Client
     from .plan import Conversation, Plan, Session
     from .records import RequestRecord
 
@@ -40,8 +40,7 @@ class _Prepared(NamedTuple):
 
     session: Session
     conversation: Conversation
-    outgoing: Outgoing
-    request: bytes
+    answer: Answer
 
 
 class Generator:
@@ -78,6 +77,8 @@ class Generator:
         self._ready: deque[_Prepared] = deque()
         self._ready_bytes = 0
         self._next = self._worker
+        self._stages = plan.scenario.lasting()
+        self._duration = sum(stage.duration for stage in self._stages)
 
     # sessions in order
 
@@ -94,14 +95,13 @@ class Generator:
             return False
         made = self._prepared(self._plan.session(self._next))
         self._ready.append(made)
-        self._ready_bytes += len(made.request)
+        self._ready_bytes += len(made.answer.request)
         self._next += self._workers
         return True
 
     def _prepared(self, session: Session) -> _Prepared:
         conversation = self._plan.conversation(session)
-        outgoing = conversation.outgoing(0)
-        return _Prepared(session, conversation, outgoing, self._client.encode(outgoing))
+        return _Prepared(session, conversation, self._client.prepare(conversation.outgoing(0)))
 
     async def _refill(self) -> None:
         """Makes sessions one at a time between sends: users who all become free at once must not
@@ -115,7 +115,7 @@ class Generator:
         if not self._ready and not self._make_one():
             return None
         taken = self._ready.popleft()
-        self._ready_bytes -= len(taken.request)
+        self._ready_bytes -= len(taken.answer.request)
         return taken
 
     # time
@@ -141,8 +141,8 @@ class Generator:
     async def connect(self) -> None:
         """Opens a closed loop's connections, so that its first requests measure the server."""
         if self._plan.offsets is None:
-            stages = self._plan.scenario.lasting()
-            await self._client.pool.open(_part(_most_users(stages), self._worker, self._workers))
+            users = _part(_most_users(self._stages), self._worker, self._workers)
+            await self._client.pool.open(users)
 
     async def warm_up(self) -> None:
         """Sends the warm-up sessions under the load's own concurrency or rate; awaits them all."""
@@ -153,7 +153,7 @@ class Generator:
         self._client.origin = perf_counter()
         if self._plan.offsets is None:
             todo = deque(mine)
-            users = max(1, round(max(s.level for s in self._plan.scenario.lasting())))
+            users = max(1, round(max(stage.level for stage in self._stages)))
             users = max(_part(users, self._worker, self._workers), 1)
 
             async def user() -> None:
@@ -169,7 +169,7 @@ class Generator:
                 due = _offset(self._plan, index)
                 session = self._prepared(self._plan.session(index, warmup=True))
                 await self._sleep_until(due)
-                self._spawn(self._run_session(session, due))
+                self._start(session, due)
             await self._join()
         await asyncio.sleep(0)  # the last records
         self.records.clear()
@@ -205,8 +205,13 @@ class Generator:
     def stop(self) -> None:
         """Sends nothing more and gives up what is in flight (outcome `unfinished`)."""
         self._stopping = True
-        for task in self._tasks:
-            task.cancel()
+
+        def cancel() -> None:
+            for task in self._tasks:
+                task.cancel()
+
+        # a user whose next request went out just now has yet to wait for its answer
+        asyncio.get_running_loop().call_soon(cancel)
 
     def finish(self) -> None:
         """Sends nothing more and awaits what is in flight; later turns are not sent."""
@@ -224,45 +229,75 @@ class Generator:
             await self._sleep_until(due)
             if self._ending:
                 break
-            self._spawn(self._run_session(taken, due))
+            self._start(taken, due)
+
+    def _start(self, session: _Prepared, due: float) -> None:
+        """Writes the request before anything else is done for it."""
+        if self._slots is None:
+            self._launch(session.answer, due)
+        self._spawn(self._run_session(session, due))
 
     async def _closed_loop(self) -> None:
-        stages = self._plan.scenario.lasting()
-        users = _most_users(stages)
-        for number in range(self._worker, users, self._workers):
+        for number in range(self._worker, _most_users(self._stages), self._workers):
             self._spawn(self._user(number))
         await self._join()
 
+    def _due(self, number: int, free: float) -> float | None:
+        """When user `number`, free at `free`, asks again; None for never."""
+        due = _next_active(self._stages, number, free)
+        return due if due is not None and due < self._duration else None
+
     async def _user(self, number: int) -> None:
-        stages = self._plan.scenario.lasting()
-        end = sum(stage.duration for stage in stages)
-        free = number * _STAGGER
-        while not self._ending:
-            begin = _next_active(stages, number, free)
-            if begin is None or begin >= end:
+        ahead: list[_Prepared] = []
+
+        def ask_again(free: float) -> None:
+            """Sends the next request in the moment the last answer ends, before anything is made
+            of that answer: what the client does between the two would count as the server's."""
+            if self._ending or not self._ready or self._due(number, free) != free:
                 return
-            if begin > self._client.now():
-                await self._sleep_until(begin)
+            taken = self._ready.popleft()
+            self._ready_bytes -= len(taken.answer.request)
+            if len(taken.session.turns) == 1:
+                taken.answer.on_end = ask_again
+            self._launch(taken.answer, free)
+            ahead.append(taken)
+
+        due = self._due(number, number * _STAGGER)
+        while due is not None:
+            if due > self._client.now():
+                await self._sleep_until(due)
             if self._ending or (taken := self._take()) is None:
                 return
-            free = await self._run_session(taken, begin)
+            free = await self._run_session(taken, due, ask_again)
+            while ahead:
+                taken = ahead.pop()
+                free = await self._run_session(taken, taken.answer.intended, ask_again)
+            due = self._due(number, free)
 
-    async def _run_session(self, prepared: _Prepared, intended: float) -> float:
-        """Runs all turns; returns when the last one ended."""
-        dispatched = self._client.now()
-        session, conversation, outgoing, request = prepared
-        end = intended
+    async def _run_session(
+        self,
+        prepared: _Prepared,
+        intended: float,
+        on_end: Callable[[float], None] | None = None,
+    ) -> float:
+        """Runs all turns; returns when the last one ended.
+
+        Args:
+            on_end: called as soon as the last answer is complete.
+        """
+        session, conversation, answer = prepared
+        free = intended
         for number, turn in enumerate(session.turns):
             if number:
-                outgoing = conversation.outgoing(number)
-                request = self._client.encode(outgoing)
-                intended = end + turn.think
+                answer = self._client.prepare(conversation.outgoing(number))
+                intended = free + turn.think
                 await self._sleep_until(intended)
-                dispatched = self._client.now()
                 if self._ending:
                     break
-            answer = await self._send(outgoing, intended, dispatched, request)
-            end = answer.end
+            if number + 1 == len(session.turns):
+                answer.on_end = on_end
+            await self._send(answer, intended)
+            free = answer.free
             if self._ending:
                 break
             if answer.failed or answer.sink is None:
@@ -273,31 +308,38 @@ class Generator:
         every = self._plan.scenario.canary.every
         if self._canary is not None and session.index >= 0 and (session.index + 1) % every == 0:
             self._spawn(self._run_canary(session.index))
-        return end
+        return free
 
-    async def _send(
-        self, outgoing: Outgoing, intended: float, dispatched: float, request: bytes
-    ) -> Answer:
+    def _turn_to(self, answer: Answer, intended: float) -> None:
         self.launched += 1
         self.in_flight += 1
+        self._client.turn_to(answer, intended)
+
+    def _launch(self, answer: Answer, intended: float) -> None:
+        self._turn_to(answer, intended)
+        self._client.launch(answer)
+
+    async def _send(self, answer: Answer, intended: float) -> None:
+        """Awaits the answer to a request, which may be on its way already."""
+        if answer.dispatched is None:
+            self._turn_to(answer, intended)
         try:
             if self._slots is None:
-                answer = await self._client.send(outgoing, intended, dispatched, request)
+                await self._client.follow(answer)
             else:
                 async with self._slots:
-                    answer = await self._client.send(outgoing, intended, dispatched, request)
+                    await self._client.follow(answer)
         finally:
             self.in_flight -= 1
         self._keep(answer)
-        return answer
 
     def _keep(self, answer: Answer) -> None:
         """Writes the record down when whoever waits for the answer has gone on."""
         asyncio.get_running_loop().call_soon(lambda: self.records.append(answer.record()))
 
     async def _run_canary(self, index: int) -> None:
-        now = self._client.now()
-        self._keep(await self._client.send(self._plan.canary(index, self._canary), now, now))
+        canary = self._plan.canary(index, self._canary)
+        self._keep(await self._client.send(canary, self._client.now()))
 
     def _spawn(self, work: Coroutine[None, None, object]) -> None:
         async def run() -> None:

@@ -12,10 +12,13 @@ import asyncio
 import socket
 import ssl
 from time import perf_counter
-from typing import Protocol, cast
+from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
 from urllib.parse import urlsplit
 
 import httptools
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 _MAX_IDLE = 3.0
 """Seconds an idle connection is trusted: common servers close after 5, and a request written into
@@ -46,6 +49,14 @@ class Sink(Protocol):
     def on_body(self, stamp: float, data: bytes) -> None: ...
 
 
+class Exchange(NamedTuple):
+    """A request whose bytes were handed to the socket at `sent`, and the answer to come."""
+
+    sent: float
+    ended: asyncio.Future[float]
+    """The stamp of the answer's last byte, or why there is none."""
+
+
 class Connection(asyncio.Protocol):
     """One connection, one exchange at a time."""
 
@@ -59,7 +70,9 @@ class Connection(asyncio.Protocol):
         self._lost: Exception | None = None
         self._eof = False
         self._sink: Sink | None = None
-        self._done: asyncio.Future[None] | None = None
+        self._ended: asyncio.Future[float] | None = None
+        self._on_end: Callable[[float], None] | None = None
+        self._complete = False
         self._stamp = 0.0
         self._headers: dict[str, str] = {}
         self._keep_alive = False
@@ -99,16 +112,18 @@ class Connection(asyncio.Protocol):
         inbox, self._inbox = self._inbox, []
         try:
             for stamp, data in inbox:
-                self._stamp = stamp
                 if self._sink is not None:
+                    self._stamp = stamp
                     self._parser.feed_data(data)
         except httptools.HttpParserCallbackError as error:
             self._fail(error.__context__ if isinstance(error.__context__, Exception) else error)
         except httptools.HttpParserError as error:
             self._fail(ProtocolError(str(error)))
-        if self._eof and not self._inbox and not self._delayed:
-            self._settle()
         self._clock.seconds += perf_counter() - started
+        if self._complete:
+            self._end()
+        elif self._eof and not self._inbox and not self._delayed:
+            self._settle()
 
     def _read_slowly(self, data: bytes, rate: float) -> None:
         """Takes the bytes as late as reading them one by one would, and reads nothing meanwhile."""
@@ -125,18 +140,28 @@ class Connection(asyncio.Protocol):
 
     def _settle(self) -> None:
         """The peer closed: ends the exchange, as success if its length was "until close"."""
-        if self._done is None or self._done.done():
-            return
         if self._until_close and self._lost is None:
-            self._done.set_result(None)
+            self._end()
         else:
-            reason = str(self._lost) if self._lost else "closed by the server"
-            self._fail(ConnectionLostError(reason))
+            self._fail(ConnectionLostError(str(self._lost or "closed by the server")))
 
     def _fail(self, error: Exception) -> None:
         self.abort()
-        if self._done is not None and not self._done.done():
-            self._done.set_exception(error)
+        self._end(error)
+
+    def _end(self, error: Exception | None = None) -> None:
+        """The exchange is over; another may begin."""
+        ended, on_end = self._ended, self._on_end
+        self._ended = self._on_end = self._sink = None
+        self._complete = False
+        if ended is None or ended.done():
+            return
+        if error is not None:
+            ended.set_exception(error)
+        else:
+            ended.set_result(self._stamp)
+            if on_end is not None:
+                on_end(self._stamp)
 
     # httptools callbacks
 
@@ -158,8 +183,7 @@ class Connection(asyncio.Protocol):
         if self._until_close and not self._eof:
             return
         self._keep_alive = self._parser.should_keep_alive()
-        if self._done is not None and not self._done.done():
-            self._done.set_result(None)
+        self._complete = True
 
     # use
 
@@ -176,40 +200,56 @@ class Connection(asyncio.Protocol):
         if self._transport is not None:
             self._transport.abort()
 
-    async def exchange(self, request: bytes, sink: Sink, read_rate: float | None = None) -> float:
-        """Sends a request and feeds its answer to the sink until complete.
+    def begin(
+        self,
+        request: bytes,
+        sink: Sink,
+        read_rate: float | None = None,
+        on_end: Callable[[float], None] | None = None,
+    ) -> Exchange:
+        """Sends a request, whose answer goes to the sink; await it with `finish`.
 
         Args:
             read_rate: bytes per second to read at most, for a deliberately slow reader.
-
-        Returns:
-            When the request's bytes were handed to the socket.
+            on_end: called with the last byte's stamp in the moment that the answer is complete,
+                before whoever awaits it: it may begin the next exchange.
 
         Raises:
-            ConnectionLostError, ProtocolError, or whatever the sink raised.
+            ConnectionLostError
         """
         if self._transport is None or not self.is_open:
             raise ConnectionLostError("closed by the server")
         self._sink = sink
+        self._on_end = on_end
         self._headers = {}
-        self._keep_alive = False
+        self._keep_alive = self._complete = False
         self._read_rate = read_rate
         self._parser = httptools.HttpResponseParser(self)
-        self._done = self._loop.create_future()
+        self._ended = self._loop.create_future()
         if read_rate is not None:
             raw = self._transport.get_extra_info("socket")
             if raw is not None:
                 raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         sent = perf_counter()
         self._transport.write(request)
+        return Exchange(sent, self._ended)
+
+    async def finish(self, exchange: Exchange) -> float:
+        """Awaits an answer's last byte and returns its stamp; drops the connection if cancelled.
+
+        Raises:
+            ConnectionLostError, ProtocolError, or whatever the sink raised.
+        """
         try:
-            await self._done
+            return await exchange.ended
         except asyncio.CancelledError:
-            self.abort()
+            if self._ended is exchange.ended:
+                self.abort()
             raise
-        finally:
-            self._sink = None
-        return sent
+
+    async def exchange(self, request: bytes, sink: Sink) -> None:
+        """Sends a request and feeds its answer to the sink until complete. Raises as `finish`."""
+        await self.finish(self.begin(request, sink))
 
 
 class ParseClock:
@@ -269,17 +309,23 @@ class Pool:
             head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
         return f"{head}\r\n".encode() + body
 
+    def take(self) -> Connection | None:
+        """An open connection that nobody uses, if there is one."""
+        while self._idle:
+            since, connection = self._idle.pop()
+            if connection.is_open and perf_counter() - since < _MAX_IDLE:
+                return connection
+            connection.abort()
+        return None
+
     async def acquire(self, fresh: bool = False) -> tuple[Connection, bool]:
         """A connection, and whether it was already open.
 
         Raises:
             ConnectError
         """
-        while self._idle and not fresh:
-            since, connection = self._idle.pop()
-            if connection.is_open and perf_counter() - since < _MAX_IDLE:
-                return connection, True
-            connection.abort()
+        if not fresh and (connection := self.take()) is not None:
+            return connection, True
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(self._connect_timeout):

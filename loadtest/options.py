@@ -5,6 +5,7 @@ Knows typer and scenarios; runs nothing.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -38,6 +39,13 @@ def share(text: str | float) -> float:
 Target = Annotated[str, typer.Argument(help="Base URL of an OpenAI-compatible server.")]
 ScenarioName = Annotated[
     str | None, typer.Option("--scenario", "-s", help="A shipped scenario or a TOML or YAML file.")
+]
+Scale = Annotated[
+    str | None,
+    typer.Option(
+        metavar="RATE[:TIME]",
+        help="Multiply a scenario's rates and users, and its durations and numbers of sessions.",
+    ),
 ]
 Overrides = Annotated[
     list[str] | None,
@@ -246,6 +254,28 @@ def _prefix_tree(text: str) -> list[dict[str, int]]:
     return levels
 
 
+def _scale(load: dict[str, Any], text: str) -> None:
+    """Fits a shipped load to a machine: so much of its rate, for so much of its time."""
+    try:
+        rate, time = (float(part) for part in (text if ":" in text else f"{text}:1").split(":"))
+    except ValueError:
+        rate = time = 0.0
+    if not (0 < rate < math.inf and 0 < time < math.inf):
+        raise ValueError(f"scale: {text!r} is not RATE or RATE:TIME with numbers > 0")
+    stages = load.get("stages", [])
+    for place, key, factor in (
+        (load, "rate", rate),
+        (load, "max_duration", time),
+        *((stage, "duration", time) for stage in stages),
+        *((stage, key, rate) for stage in stages for key in ("level", "to")),
+    ):
+        if place.get(key) is not None:
+            place[key] *= factor
+    for key, factor in (("concurrency", rate), ("max_requests", time)):
+        if load.get(key) is not None:
+            load[key] = max(round(load[key] * factor), 1)
+
+
 def _set(table: dict[str, Any], path: str, value: Any) -> None:
     """Sets a dotted path; numbers index lists, which must be that long already."""
     keys = path.split(".")
@@ -280,6 +310,7 @@ def build_scenario(
     stop: dict[str, Any] | None = None,
     top: dict[str, Any] | None = None,
     canary_every: int | None = None,
+    scale: str | None = None,
 ) -> Scenario:
     """A scenario with flags applied; None leaves a field alone, traffic flags hold for all classes.
 
@@ -290,6 +321,8 @@ def build_scenario(
     table.setdefault("traffic", [{}])
     given = {key: value for key, value in (load or {}).items() if value is not None}
     target = table.setdefault("load", {})
+    if scale is not None:
+        _scale(target, scale)
     if given.keys() & {"strategy", "rate", "concurrency", "stages", "trace"}:
         # a new kind of load replaces the scenario's, it does not mix with it
         for key in ("strategy", "rate", "concurrency", "stages", "trace"):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from .client import Client, ClientOptions, Outgoing
+from .context import check_context, served_context
 from .early import EarlyStop
 from .environment import client_environment, served_model, server_environment
 from .http import Pool, Target
@@ -119,7 +120,7 @@ async def _takes_vendor_fields(pool: Pool, model: str, scenario: Scenario) -> bo
     )
     client = Client(pool, ClientOptions(timeout=scenario.request.timeout))
     client.origin = perf_counter()
-    answer = await client.send(outgoing, 0.0, 0.0)
+    answer = await client.send(outgoing, 0.0)
     if answer.outcome in ("refused", "connect_error") or answer.status in (401, 403, 404):
         raise RunError(f"{pool.target.url}: {answer.message}")
     return answer.status not in (400, 422)
@@ -136,7 +137,7 @@ async def _learn_canary(job: Job) -> str | None:
     client = Client(pool, job.options)
     client.origin = perf_counter()
     outgoing = Plan(job.scenario, job.prompts, job.model).canary(0, None)
-    answer = await client.send(outgoing, 0.0, 0.0)
+    answer = await client.send(outgoing, 0.0)
     pool.close()
     if answer.outcome != "ok" or answer.sink is None:
         raise RunError(f"canary: {answer.outcome}: {answer.message}")
@@ -210,9 +211,15 @@ async def run(
         (result, all records).
 
     Raises:
-        RunError: the server does not answer, or a worker fails.
+        RunError: the server does not answer, its context is too short, or a worker fails.
     """
     found = known or await probe(settings, scenario)
+    limit = served_context(found.server, found.model)
+    if limit is not None:
+        try:
+            check_context(scenario, found.prompts, found.model, limit)
+        except ValueError as error:
+            raise RunError(str(error)) from error
     shape = scenario.request
     job = Job(
         url=settings.url,

@@ -1,10 +1,8 @@
 """The models that the engine serves, for autograd: plain torch, whole sequences, no carried state.
 
-Module names are checkpoint names, so `state_dict` is a checkpoint. What follows a projection (a
-convolution, or a LoRA as a control) is a *site*: a module called with the projection's output and
-the generator's input. Parameters are cast to the activations' dtype where they are used, so float32
-parameters train in bfloat16. Dense models, filters added before QK norm, the linear layer's own
-input as the generator's: the rest of the format is refused.
+Module names are checkpoint names, so `state_dict` is a checkpoint; a site (sites.py) follows any of
+seven projections. Dense models and mixtures of experts, filters added before QK norm, the linear
+layer's own input as the generator's: the rest of the format is refused.
 """
 
 from __future__ import annotations
@@ -16,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from convserve.engine.models import ModelConfig, ModelError
 from convserve.engine.models.checkpoint import CheckpointReader
-from convserve.engine.models.config import parse_config
+from convserve.engine.models.config import ExpertsConfig, parse_config
 from convserve.engine.models.rope import rope_table
 from safetensors.torch import save_file
+from sites import HeadwiseConv, Linear, LoRA, LowRankConv, StaticConv
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
@@ -28,18 +27,6 @@ Kind = Literal["none", "static", "headwise", "lowrank", "lora"]
 KINDS: tuple[Kind, ...] = ("none", "static", "headwise", "lowrank", "lora")
 PLACES = ("q", "k", "v", "o", "gate", "up", "down")
 ATTENTION_PLACES = PLACES[:4]
-
-
-class Linear(nn.Module):
-    """A projection, without bias unless the model has them."""
-
-    def __init__(self, outputs: int, inputs: int, bias: bool = False) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(outputs, inputs) * inputs**-0.5)
-        self.bias = nn.Parameter(torch.zeros(outputs)) if bias else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x))
 
 
 class Norm(nn.Module):
@@ -56,77 +43,40 @@ class Norm(nn.Module):
         return (normed * self.weight.float()).to(x.dtype)
 
 
-def _earlier(y: Tensor, steps: int) -> Tensor:
-    """y[:, t - steps], zero before the start. [B, T, D]"""
-    return y if steps == 0 else F.pad(y, (0, 0, steps, 0))[:, : y.shape[1]]
+class Experts(nn.Module):
+    """A mixture of SwiGLU experts, computed as one wide MLP whose unchosen parts count nothing.
 
+    That wastes arithmetic on experts that are not chosen and needs no sorting: right for small
+    models.
+    """
 
-class StaticConv(nn.Module):
-    """y[t] = x[t] + sum_w k[w] x[t-w] + bias. Starts as the identity. Stored oldest tap first."""
-
-    def __init__(self, channels: int, width: int) -> None:
+    def __init__(self, config: ExpertsConfig, hidden: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(channels, 1, width))
-        self.bias = nn.Parameter(torch.zeros(channels))
+        self.config = config
+        self.gate = Linear(config.count, hidden)
+        self.experts = nn.ModuleList(nn.Module() for _ in range(config.count))
+        for expert in self.experts:
+            for name in ("gate_proj", "up_proj"):
+                expert.add_module(name, Linear(config.width, hidden))
+            expert.add_module("down_proj", Linear(hidden, config.width))
 
-    def forward(self, x: Tensor, g: Tensor) -> Tensor:
-        width = self.weight.shape[-1]
-        taps = self.weight[:, 0].to(x.dtype)
-        y = x + self.bias.to(x.dtype)
-        for w in range(width):
-            y = y + taps[:, width - 1 - w] * _earlier(x, w)
-        return y
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x [B, T, hidden] to (output, how unevenly experts are used: 1 is evenly)."""
+        c = self.config
+        probability = self.gate(x).float().softmax(-1)
+        weight, chosen = probability.topk(c.per_token)
+        if c.normalize:
+            weight = weight / weight.sum(-1, keepdim=True)
+        share = torch.zeros_like(probability).scatter(-1, chosen, weight)
+        gate, up, down = (self._all(name).to(x.dtype) for name in ("gate", "up", "down"))
+        inner = F.silu(F.linear(x, gate.flatten(0, 1))) * F.linear(x, up.flatten(0, 1))
+        inner = inner.unflatten(-1, (c.count, -1)) * share[..., None].to(x.dtype)
+        used = (share > 0).float().mean((0, 1)) / c.per_token
+        unevenness = c.count * (used * probability.mean((0, 1))).sum()
+        return F.linear(inner.flatten(2), down.transpose(0, 1).flatten(1)), unevenness
 
-
-class LowRankConv(nn.Module):
-    """Filters of time t are U(A g[t]) + bias, of each channel its own. Starts as the identity."""
-
-    def __init__(self, channels: int, inputs: int, width: int, rank: int) -> None:
-        super().__init__()
-        self.width = width
-        self.proj_in = Linear(rank, inputs)
-        self.proj_out = nn.Parameter(torch.zeros(rank, width * channels))
-        self.proj_out_bias = nn.Parameter(torch.zeros(width, channels))
-
-    def forward(self, x: Tensor, g: Tensor) -> Tensor:
-        taps = self.proj_in(g) @ self.proj_out.to(x.dtype)
-        taps = taps.unflatten(-1, (self.width, -1)) + self.proj_out_bias.to(x.dtype)
-        y = x
-        for w in range(self.width):
-            y = y + taps[:, :, w] * _earlier(x, w)
-        return y
-
-
-class HeadwiseConv(nn.Module):
-    """Filters of time t are linear in g[t], shared by `head_size` channels. Starts as identity."""
-
-    def __init__(self, channels: int, inputs: int, width: int, head_size: int) -> None:
-        super().__init__()
-        self.width, self.head_size = width, head_size
-        self.weight_proj = Linear(channels // head_size * width, inputs)
-        nn.init.zeros_(self.weight_proj.weight)
-        self.static_w = nn.Parameter(torch.zeros(width, channels))
-
-    def forward(self, x: Tensor, g: Tensor) -> Tensor:
-        taps = self.weight_proj(g).unflatten(-1, (-1, 1, self.width))  # [B, T, H, 1, W]
-        y = x
-        for w in range(self.width):
-            dynamic = taps[..., w].expand(*taps.shape[:3], self.head_size).flatten(2)
-            y = y + (dynamic + self.static_w[w].to(x.dtype)) * _earlier(x, w)
-        return y
-
-
-class LoRA(nn.Module):
-    """A low-rank weight update: the control without convolution. Merged when it is saved."""
-
-    def __init__(self, channels: int, inputs: int, rank: int) -> None:
-        super().__init__()
-        self.down = Linear(rank, inputs)
-        self.up = Linear(channels, rank)
-        nn.init.zeros_(self.up.weight)
-
-    def forward(self, x: Tensor, g: Tensor) -> Tensor:
-        return x + self.up(self.down(g))
+    def _all(self, place: str) -> Tensor:
+        return torch.stack([getattr(e, f"{place}_proj").weight for e in self.experts])
 
 
 class Layer(nn.Module):
@@ -138,16 +88,16 @@ class Layer(nn.Module):
         heads, inner, hidden = c.num_heads * c.head_dim, c.intermediate_size, c.hidden_size
         self.input_layernorm = Norm(hidden, c.eps)
         self.post_attention_layernorm = Norm(hidden, c.eps)
-        self.self_attn, self.mlp = nn.Module(), nn.Module()
+        self.self_attn = nn.Module()
+        self.mlp = nn.Module() if c.experts is None else Experts(c.experts, hidden)
         self.shapes = {
             "q": (heads, hidden),
             "k": (c.kv_width, hidden),
             "v": (c.kv_width, hidden),
             "o": (hidden, heads),
-            "gate": (inner, hidden),
-            "up": (inner, hidden),
-            "down": (hidden, inner),
         }
+        if c.experts is None:
+            self.shapes |= {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}
         for place, (outputs, inputs) in self.shapes.items():
             bias = c.attention_bias if place in ATTENTION_PLACES else c.mlp_bias
             self._block(place).add_module(f"{place}_proj", Linear(outputs, inputs, bias))
@@ -172,7 +122,8 @@ class Layer(nn.Module):
             if site is not None:
                 self._block(place).add_module(name, site)
 
-    def forward(self, x: Tensor, rope: Tensor, sites: bool = True) -> Tensor:
+    def forward(self, x: Tensor, rope: Tensor, sites: bool = True) -> tuple[Tensor, Tensor | None]:
+        """x [B, T, hidden] to (x, unevenness of the experts if there are any)."""
         c = self.config
         g = self.input_layernorm(x)
         q, k, v = (self._project(place, g, sites) for place in "qkv")
@@ -187,8 +138,11 @@ class Layer(nn.Module):
         )
         x = x + self._project("o", a.transpose(1, 2).flatten(2), sites)
         g = self.post_attention_layernorm(x)
+        if isinstance(self.mlp, Experts):
+            y, unevenness = self.mlp(g)
+            return x + y, unevenness
         inner = F.silu(self._project("gate", g, sites)) * self._project("up", g, sites)
-        return x + self._project("down", inner, sites)
+        return x + self._project("down", inner, sites), None
 
     def _project(self, place: str, g: Tensor, sites: bool) -> Tensor:
         block = self._block(place)
@@ -245,6 +199,8 @@ class ConvModel(nn.Module):
         rope = rope_table(self.config.rope, self.config.max_positions, torch.device("cpu"))
         self.register_buffer("rope", rope, persistent=False)
         self.kind: Kind = "none"
+        self.unevenness: Tensor | None = None
+        """Of the experts in the last forward pass, mean of layers; 1 is all alike."""
         if (conv := self.config.conv) is not None:
             size = conv.rank if conv.kind == "lowrank" else conv.head_size
             self.add_sites(conv.kind, list(conv.placement), conv.width, size)
@@ -253,6 +209,8 @@ class ConvModel(nn.Module):
         """Adds sites to every layer, starting as the identity."""
         if self.kind != "none":
             raise ModelError(f"this model has {self.kind} sites already")
+        if self.config.experts is not None and not set(placement) <= set(ATTENTION_PLACES):
+            raise ModelError("gate, up and down have no sequence inside experts")
         self.kind = kind
         for layer in self.model.layers:
             layer.add_sites(kind, placement, width, size)  # pyright: ignore[reportCallIssue]
@@ -277,8 +235,11 @@ class ConvModel(nn.Module):
         x = self.model.embed_tokens(tokens).to(dtype)
         if torch.is_grad_enabled() and not x.requires_grad:
             x.requires_grad_()  # so that a frozen base compiles to one graph for every layer
+        uneven: list[Tensor] = []
         for layer in self.model.layers:
-            x = layer(x, self.rope, sites)
+            x, unevenness = layer(x, self.rope, sites)
+            uneven += [] if unevenness is None else [unevenness]
+        self.unevenness = torch.stack(uneven).mean() if uneven else None
         return self.model.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -333,8 +294,10 @@ def save(model: ConvModel, folder: Path, dtype: torch.dtype = torch.bfloat16) ->
 
 def _refuse(c: ModelConfig) -> None:
     conv = c.conv
-    if c.experts is not None or any(c.windows):
-        raise ModelError("the recipes train dense models without sliding windows only")
+    if any(c.windows):
+        raise ModelError("the recipes train models without sliding windows only")
+    if c.experts is not None and c.experts.shared_width:
+        raise ModelError("the recipes train experts without a shared one only")
     if conv is None:
         return
     usual = (True, True, None, "linear_input", "conv_first", "recent_first", 1.0, None)

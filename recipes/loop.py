@@ -173,6 +173,7 @@ def train(
             if watch is not None and (step + 1) % max(plan.steps // 10, 1) == 0:
                 row["held_out"] = watch()
             rows.append(row)
+            _write_rows(rows, out)
         if (step + 1) % plan.save_every == 0:
             _keep(checkpoint, step + 1, rows, parameters, optimiser, generators)
     if fused:
@@ -203,10 +204,7 @@ def write_curve(rows: list[dict[str, float]], out: Path) -> None:
     """curve.csv, and curve.png where matplotlib is installed."""
     if not rows:
         return
-    with (out / "curve.csv").open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, ["step", "tokens", "loss", "lr", "seconds", "held_out"])
-        writer.writeheader()
-        writer.writerows(rows)
+    _write_rows(rows, out)
     try:
         import matplotlib  # pyright: ignore[reportMissingImports]
     except ImportError:
@@ -222,6 +220,13 @@ def write_curve(rows: list[dict[str, float]], out: Path) -> None:
     axes.legend()
     figure.savefig(out / "curve.png", dpi=120)
     plt.close(figure)
+
+
+def _write_rows(rows: list[dict[str, float]], out: Path) -> None:
+    with (out / "curve.csv").open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, ["step", "tokens", "loss", "lr", "seconds", "held_out"])
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def write_result(out: Path, **result: Any) -> None:

@@ -69,7 +69,7 @@ def run(args: argparse.Namespace, kind: str, layers: int, seed: int) -> list[dic
     """Trains one model; rows of (step, accuracy)."""
     torch.manual_seed(seed)
     device = torch.device(args.device)
-    size = argparse.Namespace(**{**vars(args), "layers": layers})
+    size = argparse.Namespace(**{**vars(args), "layers": layers, "experts": 0})
     model = ConvModel(config_of(size))
     placement = list(PLACES) if kind == "lowrank-all" else ["q", "k", "v"]
     model.add_sites(kind.removesuffix("-all"), placement, 4, args.size)  # pyright: ignore

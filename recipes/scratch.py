@@ -13,18 +13,10 @@ import argparse
 import math
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from conv_model import (
-    KINDS,
-    PLACES,
-    ConvModel,
-    HeadwiseConv,
-    LowRankConv,
-    StaticConv,
-    save,
-)
+from conv_model import KINDS, PLACES, ConvModel, save
 from loop import (
     Plan,
     Windows,
@@ -37,7 +29,11 @@ from loop import (
     train,
     write_result,
 )
+from sites import HeadwiseConv, LowRankConv, StaticConv
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -56,7 +52,10 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--hidden", type=int, default=384)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--heads", type=int, default=6)
-    parser.add_argument("--inner", type=int, default=1024)
+    parser.add_argument("--inner", type=int, default=1024, help="width of the MLP, or of an expert")
+    parser.add_argument("--experts", type=int, default=0, help="instead of one MLP")
+    parser.add_argument("--experts-per-token", type=int, default=2)
+    parser.add_argument("--balance", type=float, default=0.01, help="weight of even use of experts")
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--length", type=int, default=512)
@@ -71,7 +70,7 @@ def arguments() -> argparse.ArgumentParser:
 
 def config_of(args: argparse.Namespace) -> dict[str, Any]:
     """The config.json of a plain model of the given size."""
-    return {
+    raw = {
         "model_type": "llama",
         "architectures": ["LlamaForCausalLM"],
         "vocab_size": args.vocab,
@@ -88,6 +87,16 @@ def config_of(args: argparse.Namespace) -> dict[str, Any]:
         "bos_token_id": 0,
         "eos_token_id": 0,
     }
+    if args.experts:
+        raw |= {
+            "model_type": "dynconv",
+            "architectures": ["DynConvForCausalLM"],
+            "num_experts": args.experts,
+            "num_experts_per_tok": args.experts_per_token,
+            "moe_intermediate_size": args.inner,
+            "norm_topk_prob": True,
+        }
+    return raw
 
 
 @torch.no_grad()
@@ -110,6 +119,31 @@ def start(model: ConvModel) -> None:
         nn.init.uniform_(taps, -(width**-0.5), width**-0.5)
 
 
+def fresh(args: argparse.Namespace, seed: int) -> ConvModel:
+    """A model as the flags say, before training, on their device."""
+    torch.manual_seed(seed)
+    model = ConvModel(config_of(args))
+    model.add_sites(args.kind, args.placement, args.width, args.size)
+    start(model)
+    model.to(torch.device(args.device))
+    if args.compile:
+        compile_parts(model)
+    return model
+
+
+def objective(model: ConvModel, windows: Windows, args: argparse.Namespace) -> Callable[[], Tensor]:
+    """A function that draws a batch and returns its loss."""
+    dtype = getattr(torch, args.dtype)
+    cross_entropy = torch.compile(head_loss, dynamic=False) if args.compile else head_loss
+
+    def loss_of() -> Tensor:
+        tokens = windows.take(args.batch)
+        loss = cross_entropy(model(tokens[:, :-1], dtype), head_of(model), tokens[:, 1:])
+        return loss if model.unevenness is None else loss + args.balance * model.unevenness
+
+    return loss_of
+
+
 def main(args: argparse.Namespace) -> list[dict[str, float]]:
     """Trains every seed; returns their perplexities by evaluation set."""
     torch.set_float32_matmul_precision("high")
@@ -117,16 +151,9 @@ def main(args: argparse.Namespace) -> list[dict[str, float]]:
     ids = read_ids(args.train, device)
     sets = dict(item.split("=", 1) for item in args.eval)
     held = {name: read_ids(Path(path), device) for name, path in sets.items()}
-    cross_entropy = torch.compile(head_loss, dynamic=False) if args.compile else head_loss
     results = []
     for seed in args.seeds:
-        torch.manual_seed(seed)
-        model = ConvModel(config_of(args))
-        model.add_sites(args.kind, args.placement, args.width, args.size)
-        start(model)
-        model.to(device)
-        if args.compile:
-            compile_parts(model)
+        model = fresh(args, seed)
         out = args.out / f"seed-{seed}"
         plan = Plan(
             steps=args.steps,
@@ -139,10 +166,6 @@ def main(args: argparse.Namespace) -> list[dict[str, float]]:
             seconds=args.seconds,
         )
         windows = Windows(ids, args.length, seed)
-
-        def loss_of(model: ConvModel = model, windows: Windows = windows) -> Tensor:
-            tokens = windows.take(args.batch)
-            return cross_entropy(model(tokens[:, :-1], dtype), head_of(model), tokens[:, 1:])
 
         def perplexities(count: int, model: ConvModel = model) -> dict[str, float]:
             losses = {n: mean_loss(model, i, args.length, count, dtype) for n, i in held.items()}
@@ -157,7 +180,7 @@ def main(args: argparse.Namespace) -> list[dict[str, float]]:
             model,
             list(model.parameters()),
             plan,
-            loss_of,
+            objective(model, windows, args),
             [windows.generator],
             out,
             None if first is None else watch,

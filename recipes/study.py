@@ -1,155 +1,143 @@
-"""The runs behind docs/model-quality.md, as processes that share one GPU for a fixed time.
+"""The runs behind docs/model-quality.md, side by side on one GPU for a fixed time.
 
-    python recipes/study.py OUT --base FOLDER --corpus corpus --small-corpus corpus-4096 \\
-        --tokenizer tokenizer-4096.json --own own-text --seconds 540
+    python recipes/study.py OUT --part scratch recall --small-corpus corpus-4096 \\
+        --tokenizer tokenizer-4096.json --seconds 540
+    python recipes/study.py OUT --part retrofit --base FOLDER --corpus corpus --own own-text
 
-Chains of runs go side by side, so that the GPU works while others compile; a run that could not end
-in time is not begun. After each, OUT is packed into at most eight files.
+Runs wait in one queue for the GPU and one for the CPU, most wanted first; a run that could not end
+in time is not begun. What has been trained is scored again by the engine. After each run OUT is
+packed anew into a few archives, so that a stop at any moment leaves what has been done.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import subprocess
 import sys
 import tarfile
 import threading
 import time
-from dataclasses import dataclass
+from collections import deque
 from pathlib import Path
 
+from runs import Run, recall_runs, retrofit_runs, scratch_runs, served_run
+
 HERE = Path(__file__).parent
+ARCHIVES = {
+    "figures": ("**/result.json", "**/curve.csv", "**/*.log", "**/recall.csv"),
+    "adapters": ("retrofit/static/0/adapter.*", "retrofit/headwise/0/adapter.*"),
+}
 
 
-@dataclass(frozen=True)
-class Run:
-    """One process."""
+class Study:
+    """Two queues, their workers and the clock."""
 
-    name: str
-    script: str
-    flags: str
-    least: float
-    """Seconds that must be left for it to be begun."""
-    needs: Path | None = None
-    """A file that another process may still be writing: waited for."""
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.end = time.monotonic() + args.seconds
+        self.gpu: deque[Run] = deque()
+        self.cpu: deque[Run] = deque()
+        if "scratch" in args.part:
+            self.gpu += scratch_runs(args)
+        if "recall" in args.part:
+            self.cpu += recall_runs(args)
+        if "retrofit" in args.part:
+            self.gpu += retrofit_runs(args)
+        self.again: deque[Run] = deque()
+        """What has been trained, to be scored by the engine."""
+        self.done = {run.name: threading.Event() for run in (*self.gpu, *self.cpu)}
+        self.training = True
+        self._lock = threading.Lock()
 
+    def run(self) -> None:
+        """Works until the queues are empty or the time is over."""
+        trainers = [threading.Thread(target=self._train) for _ in range(self.args.gpu_workers)]
+        others = [threading.Thread(target=self._recall) for _ in range(self.args.cpu_workers)]
+        others += [threading.Thread(target=self._score) for _ in range(2)]
+        for thread in (*trainers, *others):
+            thread.start()
+        for thread in trainers:
+            thread.join()
+        self.training = False
+        for thread in others:
+            thread.join()
 
-def chains(args: argparse.Namespace) -> dict[str, list[Run]]:
-    """Runs in order, by chain."""
-    c, s, own = args.corpus, args.small_corpus, args.own
-    others = ("other-docs", "user-help", "essays", "quotations")
-    evals = " ".join(f"--eval {n}={c}/{n}.npy" for n in ("held-out", *others))
-    evals += f" --eval chats={own}/chats-held-out.npy"
-    free = f"--train {c}/train.npy {evals}"
-    retrofit = f"{free} --anchor {own}/anchor.npy --anchor-weight 4"
-    steps = f"--steps {args.retrofit_steps} --seconds 90"
-    control = f"{retrofit} {steps}"
-    retrofits = {
-        "lowrank-free": f"{free} {steps}",
-        "final": f"{retrofit} --steps {args.final_steps} --seconds 170 --before",
-        "lowrank": control,
-        "lora": f"{control} --kind lora --size 32 --lr 1e-3",
-        "static": f"{control} --kind static --lr 5e-3",
-        "headwise": f"{control} --kind headwise --size 32 --lr 1e-3",
-        "lora-faster": f"{control} --kind lora --size 32 --lr 2e-3",
-        "lowrank-faster": f"{control} --lr 4e-3",
-    }
-    small = f"--train {s}/train.npy --eval held-out={s}/held-out.npy --tokenizer {args.tokenizer}"
-    small += f" --steps {args.scratch_steps}"
-    everywhere = "--placement q k v o gate up down"
-    kinds = {
-        "none": "--kind none",
-        "lowrank-qkv": "--kind lowrank --size 16",
-        "lowrank-all": f"--kind lowrank --size 16 {everywhere}",
-        "static-qkv": "--kind static",
-        "headwise-qkv": "--kind headwise --size 16",
-    }
-    tiny = f"{small} --hidden 160 --layers 3 --heads 5 --inner 448 --kind lowrank --size 8"
-    tiny += f" {everywhere} --steps {args.tiny_steps} --seconds 90"
-    scratches = {
-        f"{name}/{seed}": f"{small} {flags} --seeds {seed}"
-        for seed in args.seeds
-        for name, flags in kinds.items()
-    }
-    return {
-        "retrofit": [
-            Run(n, "retrofit", flags, 50, Path(own, "anchor.npy") if "--anchor" in flags else None)
-            for n, flags in retrofits.items()
-        ],
-        "scratch": [
-            *(Run(n, "scratch", flags, 40) for n, flags in list(scratches.items())[:5]),
-            Run("tiny-all", "scratch", tiny, 40),
-            *(Run(n, "scratch", flags, 40) for n, flags in list(scratches.items())[5:]),
-        ],
-    }
+    def _train(self) -> None:
+        while (run := self._next(self.gpu)) is not None:
+            if self._begin(run) and (again := served_run(run, self.args)) is not None:
+                self.again.append(again)
 
+    def _recall(self) -> None:
+        while (run := self._next(self.cpu)) is not None:
+            self._begin(run)
 
-def main() -> None:
-    """Runs the chains."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--base", type=Path, required=True)
-    parser.add_argument("--corpus", type=Path, required=True)
-    parser.add_argument("--small-corpus", type=Path, required=True)
-    parser.add_argument("--tokenizer", type=Path, required=True)
-    parser.add_argument("--own", type=Path, required=True, help="what sample.py wrote")
-    parser.add_argument("--work", type=Path, default=Path("study"), help="where runs write")
-    parser.add_argument("--seconds", type=float, default=540)
-    parser.add_argument("--retrofit-steps", type=int, default=200)
-    parser.add_argument("--final-steps", type=int, default=700)
-    parser.add_argument("--scratch-steps", type=int, default=400)
-    parser.add_argument("--tiny-steps", type=int, default=1500)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    args = parser.parse_args()
-    end = time.monotonic() + args.seconds
-    lock = threading.Lock()
+    def _score(self) -> None:
+        while self.training or self.again:
+            if (run := self._next(self.again)) is not None:
+                self._begin(run)
+            else:
+                time.sleep(0.5)
 
-    def follow(name: str, runs: list[Run]) -> None:
-        for run in runs:
-            while run.needs is not None and not run.needs.exists() and time.monotonic() < end:
-                time.sleep(0.2)
-            left = end - time.monotonic()
-            if left < run.least:
-                print(f"{run.name}: not begun, {left:.0f} s left", flush=True)
-                continue
-            folder = args.work / name / run.name
-            folder.mkdir(parents=True, exist_ok=True)
-            command = [sys.executable, str(HERE / f"{run.script}.py")]
-            command += [str(args.base)] if run.script == "retrofit" else []
-            begun = time.monotonic()
-            with (folder / "log").open("w") as log:
-                try:
-                    done = subprocess.run(
-                        [*command, str(folder), *run.flags.split()],
-                        stdout=log,
-                        stderr=subprocess.STDOUT,
-                        timeout=left,
-                    )
-                    code = str(done.returncode)
-                except subprocess.TimeoutExpired:
-                    code = "out of time"
-            print(f"{run.name}: {code} after {time.monotonic() - begun:.0f} s", flush=True)
-            with lock:
-                pack(args.work, args.out)
+    def _next(self, queue: deque[Run]) -> Run | None:
+        with self._lock:
+            return queue.popleft() if queue else None
 
-    threads = [threading.Thread(target=follow, args=item) for item in chains(args).items()]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    def _begin(self, run: Run) -> bool:
+        """Runs it to its end; whether it was done."""
+        rate = self.best_rate(run)
+        left = self.end - time.monotonic()
+        if left < run.least:
+            self._tell(f"{run.name}: not begun, {left:.0f} s left")
+            self._mark(run)
+            return False
+        folder = self.args.work / run.name
+        folder.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, str(HERE / f"{run.script}.py"), *run.words(folder, rate)]
+        environment = {**os.environ, "OMP_NUM_THREADS": str(run.threads)}
+        begun = time.monotonic()
+        with (folder / f"{run.script}.log").open("w") as log:
+            try:
+                done = subprocess.run(
+                    command, stdout=log, stderr=subprocess.STDOUT, timeout=left, env=environment
+                )
+                code = str(done.returncode)
+            except subprocess.TimeoutExpired:
+                code = "out of time"
+        at = f" at {rate}" if rate else ""
+        took = time.monotonic() - begun
+        self._tell(f"{run.name} {run.script}{at}: {code} after {took:.0f} s")
+        self._mark(run)
+        with self._lock:
+            pack(self.args.work, self.args.out)
+        return code == "0"
+
+    def best_rate(self, run: Run) -> str:
+        """The rate of the trials that left the lowest held-out perplexity; waits for them."""
+        found: list[tuple[float, str]] = []
+        for name in run.trials:
+            while not self.done[name].wait(0.5) and time.monotonic() < self.end:
+                pass
+            result = self.args.work / name / "result.json"
+            if result.exists():
+                kept = json.loads(result.read_text())
+                found.append((kept["after"]["held-out"], str(kept["arguments"]["lr"])))
+        return min(found)[1] if found else run.rate
+
+    def _mark(self, run: Run) -> None:
+        if run.name in self.done:
+            self.done[run.name].set()
+
+    def _tell(self, line: str) -> None:
+        left = self.end - time.monotonic()
+        print(f"[{left:4.0f} s left] {line}", flush=True)
 
 
 def pack(work: Path, out: Path) -> None:
-    """Figures of all runs in one archive, adapters in another, the smallest model in a third."""
+    """Figures of all runs in one archive, small adapters in another."""
     out.mkdir(parents=True, exist_ok=True)
-    archives = {
-        "figures": ("**/result.json", "**/curve.csv", "**/log"),
-        "final": ("retrofit/final/adapter.*",),
-        "controls": ("retrofit/lowrank/adapter.*", "retrofit/static/adapter.*"),
-        "headwise": ("retrofit/headwise/adapter.*",),
-        "tiny": ("scratch/tiny-all/seed-0/model/*",),
-    }
-    for name, patterns in archives.items():
+    for name, patterns in ARCHIVES.items():
         files = sorted({file for pattern in patterns for file in work.glob(pattern)})
         if files:
             partial = out / f"{name}.partial"
@@ -159,5 +147,32 @@ def pack(work: Path, out: Path) -> None:
             partial.rename(out / f"{name}.tar.gz")
 
 
+def arguments() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path)
+    parser.add_argument(
+        "--part", nargs="+", choices=("scratch", "recall", "retrofit"), required=True
+    )
+    parser.add_argument("--work", type=Path, default=Path("study"), help="where runs write")
+    parser.add_argument("--seconds", type=float, default=540)
+    parser.add_argument("--gpu-workers", type=int, default=4)
+    parser.add_argument("--cpu-workers", type=int, default=8)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--recall-layers", type=int, nargs="+", default=[2, 1])
+    parser.add_argument("--base", type=Path, default=Path("base"))
+    parser.add_argument("--corpus", type=Path, default=Path("corpus"))
+    parser.add_argument("--own", type=Path, default=Path("own"), help="what sample.py wrote")
+    parser.add_argument("--retrofit-steps", type=int, default=700)
+    parser.add_argument("--trial-steps", type=int, default=120)
+    parser.add_argument("--small-corpus", type=Path, default=Path("corpus-4096"))
+    parser.add_argument("--tokenizer", type=Path, default=Path("tokenizer-4096.json"))
+    parser.add_argument("--scratch-steps", type=int, default=1000)
+    parser.add_argument("--scratch-rate", default="1e-3")
+    parser.add_argument("--longer", type=float, default=2.1, help="steps of the plain model that "
+                        "take as long as one of the model convolved everywhere")  # fmt: skip
+    return parser
+
+
 if __name__ == "__main__":
-    main()
+    Study(arguments().parse_args()).run()

@@ -58,9 +58,9 @@ def create_app(
     service = Service(client, folder, settings)
 
     @contextlib.asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(_: FastAPI) -> AsyncIterator[dict[str, Metrics]]:
         lag = asyncio.create_task(_watch_lag(service.metrics))
-        yield
+        yield {"metrics": service.metrics}  # connections count there
         lag.cancel()
         await service.close()
 

@@ -22,7 +22,7 @@ from .objects import (
     ToolCallDelta,
 )
 from .protocol import FunctionCall, ToolCall
-from .replies import Replies, ReplyHead, encode
+from .replies import Replies, ReplyHead, TextFrames, encode
 from .streaming import frame
 from .tool_text import CallPiece, ToolText
 
@@ -61,6 +61,7 @@ class ChatReplies(Replies):
     ) -> None:
         super().__init__(request, generation, tokenizer, head)
         self._prompt = prompt
+        self._contents = TextFrames("content", self._empty_frame)
         self._texts = (
             []
             if tools is None
@@ -96,6 +97,10 @@ class ChatReplies(Replies):
                 )
                 yield frame(encode(self._chunk([role], self.chunk_usage(), is_first_chunk)))
                 is_first_chunk = False
+            if not self._texts and self.is_plain(delta):
+                if delta.text:
+                    yield self._contents.frame(delta.index, delta.text)
+                continue
             said = self._said(delta)
             delta.text = said.content
             if said.calls or self.is_worth_telling(delta):
@@ -103,6 +108,10 @@ class ChatReplies(Replies):
                 yield frame(encode(self._chunk([choice], self.chunk_usage())))
         if self._include_usage:
             yield frame(encode(self._chunk([], self.usage())))
+
+    def _empty_frame(self, index: int) -> bytes:
+        choice = ChatChunkChoice(index=index, delta=ChatDelta(content=""))
+        return frame(encode(self._chunk([choice], self.chunk_usage())))
 
     def _said(self, delta: Delta) -> _Said:
         if not self._texts:

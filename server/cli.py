@@ -93,7 +93,7 @@ def serve(
         bool, typer.Option(help="Launch GPU steps before the last one's tokens are read.")
     ] = _ENGINE.overlap,
     deterministic: Annotated[
-        bool, typer.Option("--deterministic", help="GPU results that no batch changes; slower.")
+        bool, typer.Option("--deterministic", help="Bits that no batch changes; slower.")
     ] = _ENGINE.deterministic,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: all.")] = _ENGINE.threads,
     backend: Annotated[Backend, typer.Option(help="Kernels.")] = _ENGINE.backend,
@@ -132,6 +132,10 @@ def serve(
     vllm_metrics: Annotated[
         bool, typer.Option(help="Repeat metrics under vLLM's names.")
     ] = _SERVER.vllm_metrics,
+    parity_check: Annotated[
+        float,
+        typer.Option(min=0, max=1, help="Share of greedy requests to compute again and compare."),
+    ] = _SERVER.parity_check,
     page: Annotated[bool, typer.Option(help="A page to try the model on, at /.")] = _SERVER.page,
     cors_origin: Annotated[
         list[str] | None, typer.Option(help="A web origin that may call; repeat.")
@@ -192,6 +196,7 @@ def serve(
         deadline_seconds=deadline_seconds,
         stale_seconds=stale_seconds,
         vllm_metrics=vllm_metrics,
+        parity_check=parity_check,
         page=page,
         otlp_traces_endpoint=otlp_traces_endpoint,
         cors_origins=tuple(cors_origin or ()),

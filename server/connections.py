@@ -2,13 +2,16 @@
 
 Knows nothing of routes. uvicorn reads a head of any size for as long as the client likes; a client
 that sends one byte a minute, or headers without end, would hold a connection and memory for ever.
+The app's lifespan state has the `metrics` that count replies which wait for their client.
 """
 
 from __future__ import annotations
 
+import time
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
+from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from .errors import ApiError
@@ -16,6 +19,8 @@ from .settings import MAX_HEADER_BYTES, MAX_URL_BYTES
 
 if TYPE_CHECKING:
     import asyncio
+
+    from .metrics import Metrics
 
 HEAD_SECONDS = 20.0
 """Time for a request line and its headers."""
@@ -33,6 +38,7 @@ class BoundedConnection(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self.flow = _CountedFlow(transport, self.app_state["metrics"])
         self._expect_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -96,3 +102,19 @@ class BoundedConnection(HttpToolsProtocol):
             )
             self.transport.write(head.encode() + body)
         self.transport.close()
+
+
+class _CountedFlow(FlowControl):
+    """uvicorn's flow control, which counts how often and how long a reply waits to be read."""
+
+    def __init__(self, transport: asyncio.Transport, metrics: Metrics) -> None:
+        super().__init__(transport)
+        self._metrics = metrics
+
+    async def drain(self) -> None:
+        self._metrics.backpressure.inc()
+        started = time.monotonic()
+        try:
+            await super().drain()
+        finally:
+            self._metrics.backpressure_seconds.inc(time.monotonic() - started)

@@ -7,16 +7,23 @@ name that vLLM gives to the same fact.
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
+import math
 from typing import TYPE_CHECKING, NamedTuple
 
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+)
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from ..engine.client import EngineClient
-    from ..engine.messages import EngineInfo, EngineStats
+    from ..engine.messages import EngineInfo, EngineStats, Times
 
 
 class _StatRow(NamedTuple):
@@ -81,6 +88,46 @@ _ENGINE_COUNTERS = (
     _StatRow(
         "padding_tokens", "Rows of replayed graphs that were nobody's.", lambda s: s.padding_tokens
     ),
+    _StatRow(
+        "gpu_idle_seconds",
+        "Time a GPU stood idle while there was work.",
+        lambda s: s.gpu_idle_seconds,
+    ),
+    _StatRow(
+        "corrupted_requests",
+        "Sequences ended because their logits were not finite.",
+        lambda s: s.corrupted_requests,
+        "corrupted_requests",
+    ),
+)
+
+
+class _TimesRow(NamedTuple):
+    name: str
+    help: str
+    read: Callable[[EngineStats], Times]
+    vllm: str
+
+
+_ENGINE_TIMES = (
+    _TimesRow(
+        "kv_page_lifetime_seconds",
+        "A cached page: full to evicted.",
+        lambda s: s.page_lifetimes,
+        "kv_block_lifetime_seconds",
+    ),
+    _TimesRow(
+        "kv_page_idle_before_evict_seconds",
+        "A cached page: last use to evicted.",
+        lambda s: s.page_idle_times,
+        "kv_block_idle_before_evict_seconds",
+    ),
+    _TimesRow(
+        "kv_page_reuse_gap_seconds",
+        "A cached page: last use to shared again.",
+        lambda s: s.page_reuse_gaps,
+        "kv_block_reuse_gap_seconds",
+    ),
 )
 
 
@@ -101,7 +148,9 @@ class EngineFigures(Collector):
         self._totals = [0.0] * len(_ENGINE_COUNTERS)
         self._last = [0.0] * len(_ENGINE_COUNTERS)
 
-    def collect(self) -> Iterator[GaugeMetricFamily | CounterMetricFamily]:
+    def collect(
+        self,
+    ) -> Iterator[GaugeMetricFamily | CounterMetricFamily | HistogramMetricFamily]:
         stats = self._client.stats
         for row in _ENGINE_GAUGES:
             yield from self._families(GaugeMetricFamily, row, row.read(stats))
@@ -111,6 +160,10 @@ class EngineFigures(Collector):
             self._totals[position] += max(0.0, value - self._last[position])
             self._last[position] = value
             yield from self._families(CounterMetricFamily, row, self._totals[position])
+        edges = self._client.info.page_time_edges
+        for times in _ENGINE_TIMES:
+            for name, labels in self._named(times.name, times.vllm):
+                yield _histogram(name, times.help, labels, edges, times.read(stats))
         replays = CounterMetricFamily(
             "convserve_graph_replay",
             "Steps that replayed a CUDA graph of so many rows.",
@@ -138,13 +191,15 @@ class EngineFigures(Collector):
         row: _StatRow,
         value: float,
     ) -> Iterator[GaugeMetricFamily | CounterMetricFamily]:
-        names = [(f"convserve_{row.name}", self._labels)]
-        if row.vllm and self._vllm_labels:
-            names.append((f"vllm:{row.vllm}", self._vllm_labels))
-        for name, labels in names:
+        for name, labels in self._named(row.name, row.vllm):
             family = kind(name, row.help, labels=list(labels))
             family.add_metric(list(labels.values()), value)
             yield family
+
+    def _named(self, name: str, vllm: str | None) -> Iterator[tuple[str, dict[str, str]]]:
+        yield f"convserve_{name}", self._labels
+        if vllm and self._vllm_labels:
+            yield f"vllm:{vllm}", self._vllm_labels
 
     def _facts(self, info: EngineInfo) -> Iterator[GaugeMetricFamily]:
         build = {
@@ -181,4 +236,15 @@ class EngineFigures(Collector):
 def _gauge(name: str, text: str, labels: dict[str, str], value: float) -> GaugeMetricFamily:
     family = GaugeMetricFamily(name, text, labels=[*labels])
     family.add_metric([*labels.values()], value)
+    return family
+
+
+def _histogram(
+    name: str, text: str, labels: dict[str, str], edges: tuple[float, ...], times: Times
+) -> HistogramMetricFamily:
+    family = HistogramMetricFamily(name, text, labels=[*labels])
+    counts = times.counts or (0,) * (len(edges) + 1)  # before the first report
+    bounds = map(floatToGoString, (*edges, math.inf))
+    buckets = list(zip(bounds, itertools.accumulate(counts), strict=True))
+    family.add_metric([*labels.values()], buckets, times.seconds)
     return family

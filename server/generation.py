@@ -17,6 +17,7 @@ from ..engine.client import EngineDeadError
 from ..engine.messages import GenerateRequest, Logprobs, SamplingParams, TokenEvent
 from ..engine.text import OutputText, StopStrings
 from .errors import ApiError, bad_request, draining, engine_dead, internal
+from .parity import GreedyOutput
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Sequence
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from ..engine.client import EngineClient
     from ..engine.text import TextTokenizer
     from .metrics import Metrics
+    from .parity import ParityChecks
     from .prompts import Prompt
 
 _log = logging.getLogger("convserve.server")
@@ -70,17 +72,23 @@ class Delta:
     prompt_logprobs: tuple[Logprobs | None, ...] | None = None
     """With the first delta of each choice, if asked for."""
 
+    @classmethod
+    def empty(cls, index: int) -> Delta:
+        """One that says nothing, and is not the choice's first."""
+        return cls(index=index, is_first=False, text="", token_ids=[], logprobs=[], offsets=[])
+
 
 class _Choice:
     """Progress of one choice."""
 
-    __slots__ = ("finished", "first_at", "index", "last_at", "num_tokens", "output")
+    __slots__ = ("finished", "first_at", "index", "kept", "last_at", "num_tokens", "output")
 
     def __init__(self, index: int, output: OutputText) -> None:
         self.index = index
         self.output = output
         self.finished = False
         self.num_tokens = 0
+        self.kept: list[int] = []
         self.first_at = 0.0
         self.last_at = 0.0
 
@@ -95,6 +103,7 @@ class Generation:
         tokenizer: TextTokenizer,
         metrics: Metrics,
         arrived: float,
+        parity: ParityChecks,
     ) -> None:
         """`arrived`: when the request was read, on `time.perf_counter`."""
         self._work = work
@@ -119,6 +128,8 @@ class Generation:
             for position, prompt in enumerate(work.prompts)
             for index in range(work.params.n)
         ]
+        wants_check = not work.score_only and parity.wants(work.params)
+        self._parity = parity if wants_check else None
         self._prompt_logprobs: dict[int, tuple[Logprobs | None, ...]] = {}
         self.num_choices = work.num_choices
         self.prompt_tokens = sum(len(prompt.token_ids) for prompt in work.prompts)
@@ -261,7 +272,7 @@ class Generation:
         is_first = choice.first_at == 0.0
         if is_first:
             choice.first_at = now
-            self._observe_first(event, now)
+            self._observe_first(position, event, now)
         if work.score_only:
             choice.finished = True
             choice.last_at = now
@@ -288,24 +299,24 @@ class Generation:
         choice.last_at = now
         choice.num_tokens += len(delta.token_ids)
         self.completion_tokens += len(delta.token_ids)
+        if self._parity is not None:
+            choice.kept += delta.token_ids
         if delta.finish_reason is not None:
             choice.finished = True
             self.outcome = delta.finish_reason
             self._metrics.finished[delta.finish_reason].inc()
             if event.finish_reason is None:
                 self._client.abort(event.request_id, event.index)
+            if self._parity is not None:
+                prompt = work.prompts[position].token_ids
+                self._parity.offer(
+                    GreedyOutput(event.request_id, prompt, choice.kept, work.cache_salt)
+                )
         return delta
 
     def _decode(self, choice: _Choice, event: TokenEvent) -> Delta:
         output = choice.output
-        delta = Delta(
-            index=choice.index,
-            is_first=False,
-            text="",
-            token_ids=[],
-            logprobs=[],
-            offsets=[],
-        )
+        delta = Delta.empty(choice.index)
         last = len(event.token_ids) - 1
         for place, token_id in enumerate(event.token_ids):
             delta.token_ids.append(token_id)
@@ -340,7 +351,7 @@ class Generation:
         _log.error("%s: the engine failed it: %s", self._work.request_id, event.error)
         return internal(self._work.request_id)
 
-    def _observe_first(self, event: TokenEvent, now: float) -> None:
+    def _observe_first(self, position: int, event: TokenEvent, now: float) -> None:
         if self.first_token_seconds is None:
             self.first_token_seconds = now - self._arrived
             self._metrics.time_to_first_token.observe_traced(
@@ -349,6 +360,9 @@ class Generation:
         if event.index == 0:
             self.cached_tokens += event.num_cached_tokens
             self._metrics.cached_tokens.inc(event.num_cached_tokens)
+            self._metrics.computed_tokens.observe(
+                len(self._work.prompts[position].token_ids) - event.num_cached_tokens
+            )
             self.queue_seconds = max(self.queue_seconds or 0.0, event.queue_seconds)
             self.prefill_seconds = max(self.prefill_seconds or 0.0, event.prefill_seconds)
             self._metrics.queue_time.observe(event.queue_seconds)

@@ -91,12 +91,18 @@ _HISTOGRAMS = (
     _HistogramRow("request_decode_time_seconds", "First token to last.", _FINE, _VLLM_REQUEST),
     _HistogramRow("request_inference_time_seconds", "Scheduled to last.", _FINE, _VLLM_REQUEST),
     _HistogramRow("request_prompt_tokens", "Prompt tokens of a request.", _TOKENS, _TOKENS),
+    _HistogramRow(
+        "request_prefill_kv_computed_tokens",
+        "Prompt tokens that the prefix cache did not have.",
+        _TOKENS,
+        _TOKENS,
+    ),
     _HistogramRow("request_generation_tokens", "Tokens made for a request.", _TOKENS, _TOKENS),
     _HistogramRow("request_params_max_tokens", "max_tokens asked for.", _TOKENS, _TOKENS),
     _HistogramRow("request_params_n", "Choices asked for.", _N, _N),
     _HistogramRow("event_loop_lag_seconds", "Lateness of the server's timer.", _FINE, None),
-    _HistogramRow("step_duration_seconds", "Duration of an engine step.", _FINE, None),
     _HistogramRow("step_scheduler_seconds", "Planning and committing in a step.", _FINE, None),
+    _HistogramRow("step_batch_size", "Sequences of a step.", _ROWS, None),
     _HistogramRow("step_batch_tokens", "Rows of a step.", _ROWS, _ROWS, "iteration_tokens_total"),
 )
 
@@ -186,6 +192,7 @@ class Metrics:
         self.decode_time = observed["request_decode_time_seconds"]
         self.inference_time = observed["request_inference_time_seconds"]
         self.prompt_tokens = observed["request_prompt_tokens"]
+        self.computed_tokens = observed["request_prefill_kv_computed_tokens"]
         self.generation_tokens = observed["request_generation_tokens"]
         self.params_max_tokens = observed["request_params_max_tokens"]
         self.params_n = observed["request_params_n"]
@@ -211,6 +218,17 @@ class Metrics:
         self.disconnects = self._counter("client_disconnects", "Clients gone before the end.")
         self.detokenise_seconds = self._counter("detokenise_seconds", "Making text of tokens.")
         self.slow_readers = self._counter("slow_readers", "Streams dropped because nobody read.")
+        self.backpressure = self._counter(
+            "sse_backpressure", "Times a stream waited for its client to read."
+        )
+        self.backpressure_seconds = self._counter("sse_backpressure_seconds", "How long they did.")
+        self.parity_checks = self._counter(
+            "parity_checks", "Greedy outputs that were computed again and compared."
+        )
+        self.parity_mismatches = self._counter("parity_mismatch", "Those that came out otherwise.")
+        self.parity_skipped = self._counter(
+            "parity_skipped", "Those that were not, because others waited."
+        )
         self._http = Counter(
             "convserve_http_requests",
             "HTTP replies by route and status; 499: the client left first.",
@@ -228,7 +246,16 @@ class Metrics:
             self._http_seconds.labels(model_name, route)
             for status in (200, 400, 401, 404, 413, 429, 499, 500, 503):
                 self._http.labels(model_name, route, str(status))
-        self._step_duration = observed["step_duration_seconds"]
+        step_seconds = Histogram(
+            "convserve_step_duration_seconds",
+            "Duration of an engine step; `decode`: every sequence advanced by one token.",
+            ("model_name", "kind"),
+            registry=self.registry,
+            buckets=_FINE,
+        )
+        self._decode_seconds = step_seconds.labels(model_name, "decode")
+        self._mixed_seconds = step_seconds.labels(model_name, "mixed")
+        self._step_sequences = observed["step_batch_size"]
         self._step_scheduler = observed["step_scheduler_seconds"]
         self._step_rows = observed["step_batch_tokens"]
         self._steps = client.stats.steps
@@ -248,7 +275,9 @@ class Metrics:
         if stats.steps == self._steps:
             return
         self._steps = stats.steps
-        self._step_duration.observe(stats.step_seconds)
+        is_decode = stats.step_tokens == stats.step_sequences
+        (self._decode_seconds if is_decode else self._mixed_seconds).observe(stats.step_seconds)
+        self._step_sequences.observe(stats.step_sequences)
         self._step_scheduler.observe(stats.scheduler_seconds)
         self._step_rows.observe(stats.step_tokens)
 

@@ -54,6 +54,9 @@ class RequestRecord:
     label: str | None
     started: float
     """On `time.perf_counter`."""
+    send: Send
+    """The HTTP server's own. Nothing in between minds parts of a body after the reply's start, so
+    a stream hands each of its thousands to it directly."""
     tenant: bytes = b""
     """Digest of the API key that let the request in; empty where no key is asked for."""
     trace_id: str | None = None
@@ -87,6 +90,7 @@ class RequestRecords:
             request_id=secrets.token_hex(12),
             label=None if label is None else clean_label(label.decode("latin-1")),
             started=time.perf_counter(),
+            send=send,
         )
         scope.setdefault("state", {})["record"] = record
         span = None

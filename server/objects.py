@@ -211,3 +211,18 @@ class DetokenizeReply(msgspec.Struct, frozen=True):
     """The text of token ids."""
 
     prompt: str
+
+
+class CountedTokens(msgspec.Struct, frozen=True):
+    """Token ids of a prompt, as gateways ask for them."""
+
+    tokens: list[int]
+    count: int
+    char_count: int
+    """Characters of the text that they are of."""
+
+
+class TokensText(msgspec.Struct, frozen=True):
+    """The text of token ids, as gateways ask for it."""
+
+    text: str

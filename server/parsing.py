@@ -54,7 +54,6 @@ _RESPONSES: Refused = {
     "background": (False,),
     "context_management": ([],),
     "conversation": (),
-    "include": ([],),
     "max_tool_calls": (),
     "previous_response_id": (),
     "prompt": (),
@@ -63,7 +62,6 @@ _RESPONSES: Refused = {
     "stream_options": ({}, {"include_obfuscation": False}),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
-    "top_logprobs": (0,),
     "truncation": ("disabled",),
 }
 _FIELDS: dict[type[msgspec.Struct], Refused] = {

@@ -18,7 +18,7 @@ from .objects import CompletionChoice, CompletionReply, PromptTokensDetails, Usa
 from .streaming import frame
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Iterable, Sequence
+    from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 
     from msgspec import UnsetType
 
@@ -66,6 +66,12 @@ class Replies:
             delta.text or delta.finish_reason is not None or delta.logprobs or self._tells_all
         )
 
+    def is_plain(self, delta: Delta) -> bool:
+        """Whether its chunk differs from the choice's others in nothing but the text."""
+        return not (
+            delta.is_first or delta.finish_reason is not None or delta.logprobs or self._tells_all
+        )
+
     def usage(self) -> Usage:
         """Tokens so far."""
         generation = self._generation
@@ -90,6 +96,28 @@ class Replies:
         return [_merge(choices[index]) for index in sorted(choices)]
 
 
+class TextFrames:
+    """Frames of chunks in which nothing changes but the text: nearly all of a stream.
+
+    What stands around the text is written once a choice.
+    """
+
+    def __init__(self, field: str, whole: Callable[[int], bytes]) -> None:
+        """`whole(index)`: the frame of a choice whose `field` is an empty text."""
+        self._mark = f'"{field}":'.encode()
+        self._whole = whole
+        self._around: dict[int, tuple[bytes, bytes]] = {}
+
+    def frame(self, index: int, text: str) -> bytes:
+        """The frame of `text`, of the choice with this index."""
+        around = self._around.get(index)
+        if around is None:
+            # within a JSON string the marks would be escaped
+            before, _, after = self._whole(index).partition(self._mark + b'""')
+            around = self._around[index] = before + self._mark, after
+        return b"%b%b%b" % (around[0], encode(text), around[1])
+
+
 class CompletionReplies(Replies):
     """Replies of /v1/completions."""
 
@@ -108,6 +136,7 @@ class CompletionReplies(Replies):
         self._wants_logprobs = request.logprobs is not None
         self._skip_special = request.skip_special_tokens
         self._echoes: dict[int, tuple[str, list[int]]] = {}
+        self._texts = TextFrames("text", lambda index: self._frame(Delta.empty(index)))
 
     async def whole(self) -> bytes:
         """The body of a reply in one piece."""
@@ -117,10 +146,16 @@ class CompletionReplies(Replies):
     async def frames(self) -> AsyncGenerator[bytes, None]:
         """The frames of a stream, without its `[DONE]`."""
         async for delta in self._generation.deltas():
-            if self.is_worth_telling(delta) or (delta.is_first and self._echo):
-                yield frame(encode(self._reply([self._choice(delta)], self.chunk_usage())))
+            if self.is_plain(delta):
+                if delta.text:
+                    yield self._texts.frame(delta.index, delta.text)
+            elif self.is_worth_telling(delta) or (delta.is_first and self._echo):
+                yield self._frame(delta)
         if self._include_usage:
             yield frame(encode(self._reply([], self.usage())))
+
+    def _frame(self, delta: Delta) -> bytes:
+        return frame(encode(self._reply([self._choice(delta)], self.chunk_usage())))
 
     def _reply(
         self, choices: list[CompletionChoice], usage: Usage | UnsetType | None

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
     from ..engine.messages import SamplingParams
     from ..engine.text import TextTokenizer
-    from .generation import Generation
-    from .objects import Usage
+    from .generation import Delta, Generation
+    from .objects import ChatLogprob, Usage
     from .responses_protocol import InputMessage, ResponsesRequest, TextFormat
 
 _TERMS = {
@@ -48,6 +48,8 @@ def as_chat(request: ResponsesRequest) -> ChatRequest:
     """The chat request that asks for the same; raises ApiError 400."""
     if len(request.metadata) > MAX_METADATA:
         raise bad_request("metadata", f"more than {MAX_METADATA} entries")
+    if request.top_logprobs and not request.include:
+        raise bad_request("top_logprobs", "needs include to have message.output_text.logprobs")
     messages: list[ChatMessage] = []
     if request.instructions is not None:
         messages.append(ChatMessage(role="system", content=request.instructions))
@@ -64,6 +66,8 @@ def as_chat(request: ResponsesRequest) -> ChatRequest:
         temperature=request.temperature,
         top_p=request.top_p,
         response_format=_format(request.text.format),
+        logprobs=bool(request.include),
+        top_logprobs=request.top_logprobs if request.include else None,
         stream=request.stream,
         user=request.user,
         priority=request.priority,
@@ -130,12 +134,14 @@ class ResponsesReplies(Replies):
     async def whole(self) -> bytes:
         """The body of a reply in one piece."""
         [delta] = await self.merged()
-        return encode(self._ended(delta.text, delta.finish_reason))
+        part = OutputText(text=delta.text, logprobs=self._told(delta))
+        return encode(self._ended(part, delta.finish_reason))
 
     async def frames(self) -> AsyncGenerator[bytes, None]:
         """The events of a stream."""
         place = {"output_index": 0, "item_id": self._item_id, "content_index": 0}
         text, finish_reason = "", None
+        logprobs: list[ChatLogprob] = []
         is_first = True
         async for delta in self._generation.deltas():
             if is_first:
@@ -147,23 +153,27 @@ class ResponsesReplies(Replies):
                 yield self._event("response.output_item.added", output_index=0, item=item)
                 part = OutputText(text="")
                 yield self._event("response.content_part.added", part=part, **place)
-            if delta.text:
+            if delta.text or delta.logprobs:
                 text += delta.text
+                told = self._told(delta)
+                logprobs += told
                 yield self._event(
-                    "response.output_text.delta", delta=delta.text, logprobs=[], **place
+                    "response.output_text.delta", delta=delta.text, logprobs=told, **place
                 )
             finish_reason = delta.finish_reason
-        part = OutputText(text=text)
-        reply = self._ended(text, finish_reason)
-        yield self._event("response.output_text.done", text=text, logprobs=[], **place)
+        part = OutputText(text=text, logprobs=logprobs)
+        reply = self._ended(part, finish_reason)
+        yield self._event("response.output_text.done", text=text, logprobs=logprobs, **place)
         yield self._event("response.content_part.done", part=part, **place)
         yield self._event("response.output_item.done", output_index=0, item=reply.output[0])
         yield self._event(f"response.{reply.status}", response=reply)
 
-    def _ended(self, text: str, finish_reason: str | None) -> ResponsesReply:
+    def _told(self, delta: Delta) -> list[ChatLogprob]:
+        return self._logprobs.chat(delta.logprobs).content
+
+    def _ended(self, part: OutputText, finish_reason: str | None) -> ResponsesReply:
         status: Status = "incomplete" if finish_reason == "length" else "completed"
-        output = [self._item(status, [OutputText(text=text)])]
-        return self._reply(status, output, self.usage())
+        return self._reply(status, [self._item(status, [part])], self.usage())
 
     def _item(self, status: Status, content: list[OutputText]) -> OutputMessage:
         return OutputMessage(id=self._item_id, status=status, content=content)
@@ -186,6 +196,7 @@ class ResponsesReplies(Replies):
             parallel_tool_calls=request.parallel_tool_calls,
             temperature=self._params.temperature,
             text=request.text,
+            top_logprobs=request.top_logprobs,
             top_p=self._params.top_p,
             usage=None if usage is None else _usage(usage),
             user=request.user,

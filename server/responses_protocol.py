@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
+from .objects import ChatLogprob  # noqa: TC001 - msgspec resolves it
 from .protocol import JsonSchema  # noqa: TC001 - msgspec resolves it
 
 
@@ -63,6 +64,13 @@ class ResponsesRequest(msgspec.Struct, frozen=True, kw_only=True):
     top_p: float | None = None
     text: TextOptions = TextOptions()
     stream: bool = False
+    include: Annotated[
+        list[Literal["message.output_text.logprobs"]],
+        Meta(description="What the reply has besides the text."),
+    ] = []
+    top_logprobs: Annotated[
+        int, Meta(description="Rivals to tell of each token; needs include.")
+    ] = 0
     metadata: Annotated[dict[str, str], Meta(description="Comes back in the reply.")] = {}
     parallel_tool_calls: bool = True
     user: Annotated[str | None, Meta(description="A label in the server's log.")] = None
@@ -77,7 +85,7 @@ class OutputText(msgspec.Struct, frozen=True, kw_only=True):
     type: Literal["output_text"] = "output_text"
     text: str
     annotations: list[str] = []
-    logprobs: list[str] = []
+    logprobs: list[ChatLogprob] = []
 
 
 class OutputMessage(msgspec.Struct, frozen=True, kw_only=True):
@@ -138,6 +146,7 @@ class ResponsesReply(msgspec.Struct, frozen=True, kw_only=True):
     text: TextOptions
     tool_choice: Literal["auto"] = "auto"
     tools: list[str] = []
+    top_logprobs: int = 0
     top_p: float
     truncation: Literal["disabled"] = "disabled"
     usage: ResponsesUsage | None = None
@@ -158,7 +167,7 @@ class ResponsesEvent(msgspec.Struct, frozen=True, kw_only=True):
     part: OutputText | UnsetType = UNSET
     delta: str | UnsetType = UNSET
     text: str | UnsetType = UNSET
-    logprobs: list[str] | UnsetType = UNSET
+    logprobs: list[ChatLogprob] | UnsetType = UNSET
     code: str | UnsetType = UNSET
     message: str | UnsetType = UNSET
     param: str | UnsetType | None = UNSET

@@ -5,7 +5,6 @@ Knows nothing of how text is made or of how replies are written.
 
 from __future__ import annotations
 
-import contextlib
 import time
 from typing import TYPE_CHECKING, TypeVar
 
@@ -30,7 +29,7 @@ from .structured import structure_of
 from .tools import call_structure, tool_use
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Sequence
+    from collections.abc import Sequence
 
     from ..engine.messages import SamplingParams
     from .middleware import RequestRecord
@@ -161,7 +160,7 @@ def _generation(
     if work.num_choices > most:
         raise bad_request("n", f"{work.num_choices} choices over all prompts (at most {most})")
     generation = Generation(
-        work, service.client, service.tokenizer, service.metrics, record.started
+        work, service.client, service.tokenizer, service.metrics, record.started, service.parity
     )
     generation.trace_id = record.trace_id
     record.generation = generation
@@ -181,21 +180,12 @@ def _answer(
     ending: Ending = CHUNKS_END,
 ) -> Response:
     """The reply; a place among the live sequences is held while it is made."""
-
-    def admitted() -> contextlib.AbstractContextManager[None]:
-        return service.lifecycle.admitted(generation.num_choices, service.metrics)
-
-    async def frames() -> AsyncGenerator[bytes, None]:
-        with admitted():
-            async with contextlib.aclosing(replies.frames()) as made:
-                async for data in made:
-                    yield data
-
-    async def whole() -> bytes:
-        with admitted():
-            return await replies.whole()
-
-    common = (service.settings, service.metrics, record.request_id)
+    common = (
+        service.settings,
+        service.metrics,
+        record.request_id,
+        service.lifecycle.admitted(generation.num_choices, service.metrics),
+    )
     if fields.stream:
-        return EventStream(frames(), *common, ending)
-    return WholeReply(whole, *common)
+        return EventStream(replies.frames(), *common, ending)
+    return WholeReply(replies.whole, *common)

@@ -14,7 +14,14 @@ from starlette.responses import Response
 
 from .bodies import read_body
 from .errors import ApiError, bad_request, draining, engine_dead
-from .objects import DetokenizeReply, ModelCard, ModelList, TokenizeReply
+from .objects import (
+    CountedTokens,
+    DetokenizeReply,
+    ModelCard,
+    ModelList,
+    TokenizeReply,
+    TokensText,
+)
 from .openapi import described
 from .protocol import DetokenizeRequest, TokenizeRequest
 from .tools import ToolUse, check_tools
@@ -93,23 +100,7 @@ def add_text_routes(app: FastAPI, service: Service) -> None:
     async def tokenize(request: Request) -> Response:
         """Token ids of a text, or of a conversation through the chat template."""
         fields = await read_body(request, TokenizeRequest, service.settings)
-        service.check_model(fields.model)
-        if (fields.prompt is None) == (fields.messages is None):
-            raise bad_request("prompt", "either prompt or messages must be given")
-        if fields.messages is not None:
-            tools = check_tools(fields.tools)
-            functions = tuple(tool.function for tool in tools)
-            token_ids = await service.prompts.messages(
-                fields.messages,
-                fields.add_generation_prompt,
-                continue_final_message=fields.continue_final_message,
-                tools=ToolUse(tools, False, functions, True) if tools else None,
-                add_special_tokens=bool(fields.add_special_tokens),
-            )
-        else:
-            token_ids = await service.prompts.text(
-                fields.prompt or "", add_special_tokens=fields.add_special_tokens is not False
-            )
+        token_ids = await _token_ids(service, fields)
         text_of = service.tokenizer.token_text
         return _json(
             TokenizeReply(
@@ -123,10 +114,46 @@ def add_text_routes(app: FastAPI, service: Service) -> None:
     @app.post("/detokenize", **described(DetokenizeRequest, DetokenizeReply))
     async def detokenize(request: Request) -> Response:
         """The text of token ids."""
-        fields = await read_body(request, DetokenizeRequest, service.settings)
-        service.check_model(fields.model)
-        service.prompts.check_tokens(fields.tokens)
-        return _json(DetokenizeReply(service.tokenizer.decode(fields.tokens)))
+        return _json(DetokenizeReply(await _text(service, request)))
+
+    @app.post("/v1/tokenize", **described(TokenizeRequest, CountedTokens))
+    async def counted_tokenize(request: Request) -> Response:
+        """The same as /tokenize, in the form of SGLang's gateway."""
+        fields = await read_body(request, TokenizeRequest, service.settings)
+        token_ids = await _token_ids(service, fields)
+        text = service.tokenizer.decode(token_ids) if fields.prompt is None else fields.prompt
+        return _json(CountedTokens(token_ids, len(token_ids), len(text)))
+
+    @app.post("/v1/detokenize", **described(DetokenizeRequest, TokensText))
+    async def counted_detokenize(request: Request) -> Response:
+        """The same as /detokenize, in the form of SGLang's gateway."""
+        return _json(TokensText(await _text(service, request)))
+
+
+async def _token_ids(service: Service, fields: TokenizeRequest) -> list[int]:
+    service.check_model(fields.model)
+    if fields.messages is None and fields.prompt is not None:
+        return await service.prompts.text(
+            fields.prompt, add_special_tokens=fields.add_special_tokens is not False
+        )
+    if fields.messages is None or fields.prompt is not None:
+        raise bad_request("prompt", "either prompt or messages must be given")
+    tools = check_tools(fields.tools)
+    functions = tuple(tool.function for tool in tools)
+    return await service.prompts.messages(
+        fields.messages,
+        fields.add_generation_prompt,
+        continue_final_message=fields.continue_final_message,
+        tools=ToolUse(tools, False, functions, True) if tools else None,
+        add_special_tokens=bool(fields.add_special_tokens),
+    )
+
+
+async def _text(service: Service, request: Request) -> str:
+    fields = await read_body(request, DetokenizeRequest, service.settings)
+    service.check_model(fields.model)
+    service.prompts.check_tokens(fields.tokens)
+    return service.tokenizer.decode(fields.tokens)
 
 
 def _get(

@@ -14,6 +14,7 @@ from .chat import ChatTemplate
 from .errors import ApiError, bad_request, overloaded
 from .lifecycle import Lifecycle
 from .metrics import Metrics
+from .parity import ParityChecks
 from .prompts import PromptReader
 from .sampling import GenerationDefaults
 from .settings import GRAMMAR_SECONDS, MAX_GRAMMAR_CHECKS
@@ -31,6 +32,8 @@ COUNTED_ROUTES = (
     "/v1/responses",
     "/tokenize",
     "/detokenize",
+    "/v1/tokenize",
+    "/v1/detokenize",
 )
 
 
@@ -64,9 +67,11 @@ class Service:
             routes=COUNTED_ROUTES,
             live=lambda: self.lifecycle.live,
         )
+        self.parity = ParityChecks(client, self.metrics, settings.parity_check)
 
     async def close(self) -> None:
         """Ends what it started."""
+        await self.parity.close()
         await self._grammar_checker.close()
 
     async def check_structure(self, structure: Structure | None) -> None:

@@ -52,6 +52,8 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Silence of the engine after which /health fails."""
     vllm_metrics: bool = True
     """Whether /metrics repeats its figures under vLLM's names."""
+    parity_check: float = 0.0
+    """Share of greedy requests whose output is scored again from nothing, 0..1."""
     page: bool = True
     """Whether `/` serves the page; it wants no key, what it then asks for does."""
     otlp_traces_endpoint: str | None = None

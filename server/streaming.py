@@ -21,6 +21,7 @@ from .middleware import record_of
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator
+    from contextlib import AbstractContextManager
 
     from starlette.types import Receive, Scope, Send
 
@@ -65,10 +66,18 @@ class _WatchedReply(Response):
     background = None
     """FastAPI asks for it."""
 
-    def __init__(self, settings: ServerSettings, metrics: Metrics, request_id: str) -> None:
+    def __init__(
+        self,
+        settings: ServerSettings,
+        metrics: Metrics,
+        request_id: str,
+        admitted: AbstractContextManager[None],
+    ) -> None:
+        """`admitted` holds the request's place while it is worked on, or raises ApiError."""
         self._settings = settings
         self._metrics = metrics
         self._request_id = request_id
+        self._admitted = admitted
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -104,15 +113,17 @@ class WholeReply(_WatchedReply):
         settings: ServerSettings,
         metrics: Metrics,
         request_id: str,
+        admitted: AbstractContextManager[None],
     ) -> None:
         """`make` returns the body, or raises ApiError."""
-        super().__init__(settings, metrics, request_id)
+        super().__init__(settings, metrics, request_id, admitted)
         self._make = make
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            async with self._deadline():
-                body = await self._make()
+            with self._admitted:
+                async with self._deadline():
+                    body = await self._make()
             response = Response(body, media_type="application/json")
         except Exception as error:  # every failure becomes a reply
             response = self._as_api_error(error).response()
@@ -128,21 +139,24 @@ class EventStream(_WatchedReply):
         settings: ServerSettings,
         metrics: Metrics,
         request_id: str,
+        admitted: AbstractContextManager[None],
         ending: Ending = CHUNKS_END,
     ) -> None:
         """`frames` yields whole frames, or raises ApiError; it is closed in any case."""
-        super().__init__(settings, metrics, request_id)
+        super().__init__(settings, metrics, request_id, admitted)
         self._frames = frames
         self._ending = ending
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        writer = _Writer(send, self._settings.send_seconds, self._ending)
+        direct = record_of(scope).send
+        writer = _Writer(send, direct, self._settings.send_seconds, self._ending)
         comments = asyncio.create_task(writer.keep_alive(self._settings.keep_alive_seconds))
         try:
             with writer.watched():
-                async with contextlib.aclosing(self._frames), self._deadline():
-                    async for data in self._frames:
-                        await writer.write(data)
+                with self._admitted:
+                    async with contextlib.aclosing(self._frames), self._deadline():
+                        async for data in self._frames:
+                            await writer.write(data)
                 await writer.end(self._ending.done)
         except ClientGone:
             if writer.is_stuck:
@@ -158,8 +172,10 @@ class EventStream(_WatchedReply):
 class _Writer:
     """Sends one stream's bytes: headers before the first, nothing after the last."""
 
-    def __init__(self, send: Send, send_seconds: float, ending: Ending) -> None:
+    def __init__(self, send: Send, direct: Send, send_seconds: float, ending: Ending) -> None:
+        """`send` takes the reply's start, `direct` everything after it."""
         self._send = send
+        self._direct = direct
         self._ending = ending
         self._send_seconds = send_seconds
         self._lock = asyncio.Lock()
@@ -246,7 +262,7 @@ class _Writer:
                 await self._send(
                     {"type": "http.response.start", "status": 200, "headers": _HEADERS}
                 )
-            await self._send({"type": "http.response.body", "body": data, "more_body": more})
+            await self._direct({"type": "http.response.body", "body": data, "more_body": more})
         except OSError:
             raise ClientGone from None
         self._last_sent, self._sending_since = time.monotonic(), None

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 
 from ...kernels import ConvFilter, Convolved, DeltaParts, SSDParts, Stream
 from .conv_site import ConvSite, Member, load_site, static_site
@@ -133,13 +134,13 @@ def _gated_delta(
         dt_bias=_vector(reader, f"{prefix}.dt_bias", mixer.value_heads),
         norm=reader.take(f"{prefix}.{found.norm}.weight", (mixer.value_dim,)),
         eps=mixer.eps,
+        generator=found.generator,
     )
     return DeltaBlock(
         ops,
         parts,
-        ops.pack_linear(torch.cat((*found.rows, *codes)), None),
+        ops.pack_linear(_aligned(torch.cat((*found.rows, *codes))), None),
         conv,
-        found.generator,
         _linear(ops, reader, f"{prefix}.{found.out}", hidden, mixer.value_width, False),
     )
 
@@ -208,6 +209,11 @@ def _projections(
     return tuple(
         reader.take(f"{prefix}.{name}_proj.weight", (rows, hidden)) for name, rows in widths.items()
     )
+
+
+def _aligned(weight: Tensor) -> Tensor:
+    """With rows of zeros up to a multiple of 16, for rows of output that kernels can read wide."""
+    return F.pad(weight, (0, 0, 0, -len(weight) % 16))
 
 
 def _vector(reader: CheckpointReader, name: str, size: int) -> Tensor:

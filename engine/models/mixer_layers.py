@@ -10,8 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch.nn.functional as F
-
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -41,7 +39,7 @@ class ShortConvBlock:
         """x, residual [T, hidden] -> (input of the next block, residual)."""
         ops = self.ops
         y = ops.gated_conv(ops.linear(x, self.into), self.filters, state.rings["conv"], batch)
-        return ops.add_rms_norm(ops.linear(y, self.out), residual, next_norm.weight, next_norm.eps)
+        return ops.linear_add_rms_norm(y, self.out, residual, next_norm.weight, next_norm.eps)
 
 
 @dataclass(frozen=True)
@@ -53,8 +51,6 @@ class DeltaBlock:
     into: PackedLinear
     """Columns: q, k, v, gate, b, a, z."""
     conv: Convolved
-    generator: PackedLinear | None
-    """From SiLU of the z columns to the filters; None where z is their code itself."""
     out: PackedLinear
 
     def __call__(
@@ -73,15 +69,19 @@ class DeltaBlock:
         width, inner, heads = sum(p.widths), p.widths[2], p.value_heads
         qkv, gate = columns[:, :width], columns[:, width : width + inner]
         b, a = columns[:, width + inner : width + inner + 2 * heads].chunk(2, dim=1)
-        code = self.conv.code(columns)
-        if self.generator is not None:
-            assert code is not None
-            code = ops.linear(F.silu(code), self.generator)
-        ring = state.rings.get("qkv")
         y = ops.delta_rule(
-            p, qkv, code, self.conv.filters, ring, gate, b, a, state.recurrent, batch
+            p,
+            qkv,
+            self.conv.code(columns),
+            self.conv.filters,
+            state.rings.get("qkv"),
+            gate,
+            b,
+            a,
+            state.recurrent,
+            batch,
         )
-        return ops.add_rms_norm(ops.linear(y, self.out), residual, next_norm.weight, next_norm.eps)
+        return ops.linear_add_rms_norm(y, self.out, residual, next_norm.weight, next_norm.eps)
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class Mamba2Block:
             state.recurrent,
             batch,
         )
-        return ops.add_rms_norm(ops.linear(y, self.out), residual, next_norm.weight, next_norm.eps)
+        return ops.linear_add_rms_norm(y, self.out, residual, next_norm.weight, next_norm.eps)
 
 
 MixerBlock = ShortConvBlock | DeltaBlock | Mamba2Block

@@ -126,9 +126,12 @@ function runReport(d) {
     return [name, count(f.requests), count(f.failed), q("ttft", "p50"), q("ttft", "p99"), q("tpot", "p50"), q("e2e", "p50"), q("e2e", "p99")];
   })));
   const weight = (name) => (/wait|queue/.test(name) ? 0 : /running|batch|slot/.test(name) ? 1 : /page|kv|conv|cache/.test(name) ? 2 : /step|itl|token/.test(name) ? 3 : 4);
-  const metrics = [...d.server_metrics].sort((a, b) => weight(a.name) - weight(b.name)).slice(0, 36);
+  const told = (m) => m.values.filter((v) => v !== null), moves = (m) => told(m).some((v) => v !== told(m)[0]);
+  const metrics = d.server_metrics.filter(moves).sort((a, b) => weight(a.name) - weight(b.name)).slice(0, 36);
+  const still = d.server_metrics.filter((m) => told(m).length && !moves(m) && told(m)[0] !== 0);
   if (metrics.length) section("Server metrics", "from its /metrics, on the same time axis", el("div", { class: "grid small" }, metrics.map((m) =>
-    lineChart({ title: m.name, note: m.kind === "counter" ? "per second" : "", series: [{ name: m.name, x: m.times, y: m.values }], x: { label: "seconds", low: 0, high: full.end }, y: { zero: true }, height: 150 }))));
+    lineChart({ title: m.name, note: m.kind === "counter" ? "per second" : "", series: [{ name: m.name, x: m.times, y: m.values }], x: { label: "seconds", low: 0, high: full.end }, y: { zero: true }, height: 150 }))),
+    ...(still.length ? [el("p", { class: "sub" }, `Unchanged throughout: ${still.map((m) => `${m.name} ${count(told(m)[0])}`).join(", ")}.`)] : []));
   const a = d.audit;
   section("The client", "is it fast enough to judge the server?", table(["", "p50", "p99", "max"], [
     ["send lag", seconds(a.send_lag_p50), seconds(a.send_lag_p99), seconds(a.send_lag_max)], ["event loop lag", seconds(a.loop_lag_p50), seconds(a.loop_lag_p99), seconds(a.loop_lag_max)]]),

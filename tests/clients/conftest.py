@@ -6,13 +6,9 @@ is not there are skipped.
 
 from __future__ import annotations
 
-import contextlib
 import os
-import re
 import shutil
 import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,14 +16,13 @@ import pytest
 from convserve.engine import LLM
 from convserve.server.default_model import default_model_folder
 from golden import GOLDEN
-from running import Served
+from running import Served, serving
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 ROOT = Path(__file__).parents[2]
 CLIENTS = Path(os.environ.get("CONVSERVE_CLIENTS", ROOT / ".venv" / "clients" / "bin"))
-READY_SECONDS = 120
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -41,25 +36,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def folder() -> Path:
     """The default model's folder."""
     return default_model_folder(progress=False)
-
-
-@contextlib.contextmanager
-def serving(folder: Path, log: Path, *flags: str) -> Iterator[Served]:
-    """A server of a model folder, which must still be there at the end."""
-    command = [sys.executable, "-m", "convserve.server", "serve", str(folder), "--port", "0"]
-    with log.open("w") as stderr:
-        process = subprocess.Popen([*command, *flags], stderr=stderr)
-    try:
-        deadline = time.monotonic() + READY_SECONDS
-        while (found := re.search(r"serves (\S+) at (http://127\S+)", log.read_text())) is None:
-            assert process.poll() is None, log.read_text()
-            assert time.monotonic() < deadline, log.read_text()
-            time.sleep(0.1)
-        yield Served(found[2], found[1], folder)
-        assert process.poll() is None, log.read_text()
-    finally:
-        process.terminate()
-        process.wait(30)
 
 
 @pytest.fixture(scope="session")

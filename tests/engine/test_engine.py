@@ -246,6 +246,7 @@ def test_broken_logits_end_their_request_alone() -> None:
     tokens, last = drain(core)
     assert last["long", 0].finish_reason == "error"
     assert "not finite" in (last["long", 0].error or "")
+    assert core.stats().corrupted_requests == 1
     assert tokens["short", 0] == continuation([1, 2], 5)
     assert_empty(core)
 

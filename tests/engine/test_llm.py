@@ -61,7 +61,7 @@ def logits_of(model: Decoder, tokens: list[int]) -> Tensor:
     )
     work = Work(seq, 0, len(tokens), samples=False, score_rows=len(tokens))
     builder = BatchBuilder(cache, state, 256)
-    return model.forward(builder.build(StepPlan((work,), Copies())))
+    return model.forward(builder.build(StepPlan((work,), Copies(), work.rows)))
 
 
 @functools.cache
@@ -175,9 +175,22 @@ def test_unknown_and_wrong_options_fail(options: dict[str, Any], words: str) -> 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what a CPU cannot do")
 def test_what_needs_a_gpu_is_refused_by_name() -> None:
-    for options in ({"deterministic": True}, {"device": "cuda"}):
-        with pytest.raises(ConfigError, match=f"^{next(iter(options))}: "):
-            LLM(GOLDEN / "models" / "hf_llama", **options)
+    with pytest.raises(ConfigError, match=r"^device: "):
+        LLM(GOLDEN / "models" / "hf_llama", device="cuda")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        ("jet_nemotron_tiny", {}, "not for models with recurrent layers"),
+        ("hf_llama", {"backend": "reference"}, "not with backend reference"),
+    ],
+)
+def test_what_cannot_be_deterministic_is_refused_by_name(
+    name: str, options: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"^deterministic: {words}"):
+        LLM(GOLDEN / "models" / name, deterministic=True, **options)
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ def sample(logits: Tensor, *seqs: Sequence) -> list[Sampled]:
     sampler = Sampler(
         (EOS,), slot=lambda _seq: 0, feed=lambda _slots, _tokens: None, draw=Ops().sample
     )
-    return sampler.launch(output, StepPlan(works, Copies())).read()
+    return sampler.launch(output, StepPlan(works, Copies(), sum(w.rows for w in works))).read()
 
 
 def pick(logits: list[float], params: SamplingParams, **sequence_fields: list[int]) -> int:

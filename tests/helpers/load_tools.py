@@ -1,18 +1,21 @@
 """One closed loop of streamed completions, made by our load test, by GuideLLM and by AIPerf.
 
-    python tests/helpers/load_tools.py URL MODEL FOLDER [--streams 4] [--requests 64] [--rounds 4]
+    python tests/helpers/load_tools.py [URL MODEL FOLDER] [--pin 0 1] [--streams 1 2] [--rounds 4]
 
-Each round runs the three in turn; the table gives the mean over rounds of every figure and, for the
-other two, the paired difference from ours with its 95 % interval over rounds. Its last lines say
-what the server saw in the same time, where it has vLLM's metrics: a tool that takes the server's
-cores makes it slower, and measures that. FOLDER holds the model's tokenizer. Definitions that
-differ are brought to ours: see docs/loadtest.md.
+Each round runs ours twice and the other two once, in turn, beginning with another one each time.
+The table gives the mean over rounds of every figure and, beside ours, the paired difference with
+its 95 % interval over rounds; ours against itself says how much of that is noise. The lines below
+say what the server saw in the same time, where it has vLLM's metrics: a tool that takes the
+server's cores makes it slower, and measures that. --pin gives the server one core, with one
+thread, and the tools another. Without a URL the default model is served. FOLDER holds the model's
+tokenizer. Definitions that differ are brought to ours: see docs/loadtest.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import shutil
@@ -27,13 +30,15 @@ from urllib.request import urlopen
 
 import msgspec
 from convserve.loadtest.figures import PER_REQUEST
-from convserve.loadtest.run import Settings, run
-from convserve.loadtest.scenario import make_scenario
+from convserve.loadtest.run import Probe, Settings, probe, run
+from convserve.loadtest.scenario import Scenario, make_scenario
 from convserve.loadtest.scrape import parse_metrics
 from convserve.loadtest.stats import student_t
+from convserve.server.default_model import default_model_folder
+from running import Served, serving
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
 
 class Shape(NamedTuple):
@@ -47,7 +52,12 @@ class Shape(NamedTuple):
     requests: int = 16
     prompt_tokens: int = 128
     output_tokens: int = 64
+    spread: int = 0
+    """Standard deviation of the output lengths. With none, users who begin together end together,
+    and half a millisecond decides for the whole run whether their prompts share a step."""
     seed: int = 0
+    known: Probe | None = None
+    """What our tool has asked already: its questions would count among the server's figures."""
 
 
 class Measured(NamedTuple):
@@ -62,22 +72,33 @@ class Measured(NamedTuple):
 
 def ours(shape: Shape) -> Measured:
     """`convserve loadtest`, without its own judgement of the run."""
-    scenario = make_scenario(
-        {
-            "seed": shape.seed,
-            "load": {"concurrency": shape.streams, "max_requests": shape.requests},
-            "request": {"prompts": "text"},
-            "traffic": [
-                {"prompt_tokens": shape.prompt_tokens, "output_tokens": shape.output_tokens}
-            ],
-        }
-    )
-    _, records = asyncio.run(run(scenario, Settings(url=shape.url, model=shape.model)))
+    scenario = our_scenario(shape)
+    settings = Settings(url=shape.url, model=shape.model, scrape=False)
+    _, records = asyncio.run(run(scenario, settings, known=shape.known))
     done = [record for record in records if record.completed]
     ttft, tpot, e2e = (
         [PER_REQUEST[name](record) or 0.0 for record in done] for name in ("ttft", "tpot", "e2e")
     )
     return Measured(ttft, tpot, e2e, [record.output_tokens or 0 for record in done])
+
+
+def our_scenario(shape: Shape) -> Scenario:
+    """The load as our tool is told of it."""
+    return make_scenario(
+        {
+            "seed": shape.seed,
+            "load": {"concurrency": shape.streams, "max_requests": shape.requests},
+            "traffic": [
+                {"prompt_tokens": shape.prompt_tokens, "output_tokens": _our_lengths(shape)}
+            ],
+        }
+    )
+
+
+def _our_lengths(shape: Shape) -> str:
+    if not shape.spread:
+        return str(shape.output_tokens)
+    return f"lognormal:{shape.output_tokens}:{shape.spread / shape.output_tokens}"
 
 
 class _GuideRequest(msgspec.Struct):
@@ -90,6 +111,9 @@ class _GuideRequest(msgspec.Struct):
 def guidellm(program: str, shape: Shape, folder: Path) -> Measured:
     """GuideLLM, whose mean inter-token latency of a request is our `tpot`."""
     out = folder / "guidellm.json"
+    lengths = f"output_tokens={shape.output_tokens}"
+    if shape.spread:
+        lengths += f",output_tokens_stdev={shape.spread}"
     extras = '{"body":{"ignore_eos":true}}'
     _run(
         [
@@ -99,8 +123,7 @@ def guidellm(program: str, shape: Shape, folder: Path) -> Measured:
             *("--profile", f"kind=concurrent,streams={shape.streams}"),
             *("--constraint", f"kind=max_requests,count={shape.requests}"),
             *("--tokenizer", f"kind=huggingface_auto,model={shape.folder}"),
-            *("--data", f"kind=synthetic_text,prompt_tokens={shape.prompt_tokens},"
-              f"output_tokens={shape.output_tokens}"),
+            *("--data", f"kind=synthetic_text,prompt_tokens={shape.prompt_tokens},{lengths}"),
             *("--seed", f"kind=static,value={shape.seed}"),
             *("--output", f"kind=json,path={out}"),
         ],
@@ -128,6 +151,7 @@ def aiperf(program: str, shape: Shape, folder: Path) -> Measured:
             *("--tokenizer", str(shape.folder)),
             *("--concurrency", str(shape.streams), "--request-count", str(shape.requests)),
             *("--isl", str(shape.prompt_tokens), "--osl", str(shape.output_tokens)),
+            *("--osl-stddev", str(shape.spread)),
             *("--extra-inputs", "ignore_eos:true"),
             *("--random-seed", str(shape.seed), "--ui", "none"),
             *("--output-artifact-dir", str(out)),
@@ -150,19 +174,24 @@ def aiperf(program: str, shape: Shape, folder: Path) -> Measured:
     )
 
 
-SERVER = {"TTFT": "vllm:time_to_first_token_seconds", "ITL": "vllm:inter_token_latency_seconds"}
+SERVER = {
+    "TTFT ms": ("vllm:time_to_first_token_seconds_sum", "vllm:time_to_first_token_seconds_count"),
+    "ITL ms": ("vllm:inter_token_latency_seconds_sum", "vllm:inter_token_latency_seconds_count"),
+    "prompt": ("vllm:request_prompt_tokens_sum", "vllm:request_prompt_tokens_count"),
+}
+"""What it sums up, and over how many."""
 
 
 def server_sums(url: str) -> dict[str, tuple[float, float]]:
-    """(sum in s, count) of each latency that the server has seen; zeros if it does not say."""
+    """(sum, count) of what the server has seen; zeros if it does not say."""
     try:
         with urlopen(f"{url}/metrics", timeout=10) as answer:
             values, _ = parse_metrics(answer.read().decode())
     except OSError:
         values = {}
     return {
-        label: (values.get(f"{name}_sum", 0.0), values.get(f"{name}_count", 0.0))
-        for label, name in SERVER.items()
+        label: (values.get(total, 0.0), values.get(count, 0.0))
+        for label, (total, count) in SERVER.items()
     }
 
 
@@ -194,57 +223,96 @@ def _paired(values: Sequence[float], base: Sequence[float]) -> tuple[float, floa
     return statistics.fmean(gaps), half
 
 
-def main() -> None:
-    """Reads the arguments."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("url")
-    parser.add_argument("model")
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--streams", type=int, default=4)
-    parser.add_argument("--requests", type=int, default=64)
-    parser.add_argument("--prompt-tokens", type=int, default=128)
-    parser.add_argument("--output-tokens", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=4)
-    args = parser.parse_args()
-    clients = os.environ.get("CONVSERVE_CLIENTS", ".venv/clients/bin")
-    found: dict[str, list[Measured]] = {"ours": [], "GuideLLM": [], "AIPerf": []}
+TOOLS = ("ours", "ours again", "GuideLLM", "AIPerf")
+
+
+def compare(shape: Shape, rounds: int, clients: str) -> None:
+    """Runs the tools in turn and prints the table."""
     programs = {name: shutil.which(name, path=clients) for name in ("guidellm", "aiperf")}
     if None in programs.values():
         sys.exit(f"guidellm or aiperf is not in {clients}: make test-clients installs them")
+    settings = Settings(url=shape.url, model=shape.model)
+    shape = shape._replace(known=asyncio.run(probe(settings, our_scenario(shape))))
+    found: dict[str, list[Measured]] = {tool: [] for tool in TOOLS}
     seen: dict[str, dict[str, list[float]]] = {
-        label: {tool: [] for tool in found} for label in SERVER
+        label: {tool: [] for tool in TOOLS} for label in SERVER
     }
-    for number in range(args.rounds):
-        shape = Shape(
-            args.url, args.model, args.folder, args.streams, args.requests,
-            args.prompt_tokens, args.output_tokens, seed=number,
-        )  # fmt: skip
+    for number in range(rounds):
         with tempfile.TemporaryDirectory() as name:
-            runs: dict[str, Callable[[], Measured]] = {
-                "ours": partial(ours, shape),
-                "GuideLLM": partial(guidellm, str(programs["guidellm"]), shape, Path(name)),
-                "AIPerf": partial(aiperf, str(programs["aiperf"]), shape, Path(name)),
-            }
-            for tool, measure in runs.items():
-                before = server_sums(args.url)
-                found[tool].append(measure())
-                for label, (total, count) in server_sums(args.url).items():
+            for place in range(len(TOOLS)):
+                tool = TOOLS[(number + place) % len(TOOLS)]
+                # a seed of its own: the prompts of a load before may be in the server's cache
+                asked = shape._replace(seed=shape.seed + number * len(TOOLS) + place)
+                runs: dict[str, Callable[[], Measured]] = {
+                    "ours": partial(ours, asked),
+                    "ours again": partial(ours, asked),
+                    "GuideLLM": partial(guidellm, str(programs["guidellm"]), asked, Path(name)),
+                    "AIPerf": partial(aiperf, str(programs["aiperf"]), asked, Path(name)),
+                }
+                before = server_sums(shape.url)
+                found[tool].append(runs[tool]())
+                for label, (total, count) in server_sums(shape.url).items():
                     total, count = total - before[label][0], count - before[label][1]
-                    seen[label][tool].append(total / count * 1e3 if count else 0.0)
-        print(f"round {number + 1} of {args.rounds} done", flush=True)  # noqa: T201
+                    scale = 1e3 if label.endswith("ms") else 1.0
+                    seen[label][tool].append(total / count * scale if count else 0.0)
+    print(f"{shape.streams} streams of {shape.requests} requests, {rounds} rounds")  # noqa: T201
+    print(f"{'':16}" + "".join(f"{tool:>26}" for tool in TOOLS))  # noqa: T201
     for label, (figure, scale, digits) in FIGURES.items():
-        values = {tool: [figure(m) * scale for m in rounds] for tool, rounds in found.items()}
-        cells = [f"{label:14} ours {statistics.fmean(values['ours']):9{digits}}"]
-        for tool in ("GuideLLM", "AIPerf"):
+        values = {tool: [figure(m) * scale for m in made] for tool, made in found.items()}
+        cells = [f"{statistics.fmean(values['ours']):26{digits}}"]
+        for tool in TOOLS[1:]:
             gap, half = _paired(values[tool], values["ours"])
-            cells.append(
-                f"{tool} {statistics.fmean(values[tool]):9{digits}} "
-                f"({gap:+{digits}} ± {half:{digits}})"
-            )
-        print("   ".join(cells))  # noqa: T201
+            mean = f"{statistics.fmean(values[tool]):{digits}}"
+            cells.append(f"{f'{mean} ({gap:+{digits}} ± {half:{digits}})':>26}")
+        print(f"{label:16}{''.join(cells)}")  # noqa: T201
     for label, by_tool in seen.items():
-        told = [f"{tool} {statistics.fmean(values):9.3f}" for tool, values in by_tool.items()]
-        print(f"server {label:7} {'   '.join(told)}")  # noqa: T201
+        told = "".join(f"{statistics.fmean(values):26.2f}" for values in by_tool.values())
+        print(f"server {label:9}{told}", flush=True)  # noqa: T201
+
+
+@contextlib.contextmanager
+def default_model(core: int | None) -> Iterator[Served]:
+    """The default model, whose cache remembers no prompt: every tool meets the same server."""
+    flags = ["--no-access-log", "--no-prefix-caching", "--served-model-name", "default"]
+    if core is not None:
+        flags += ["--threads", "1"]
+    with tempfile.TemporaryDirectory() as name:
+        folder = default_model_folder(progress=False)
+        with serving(folder, Path(name) / "log", *flags, model="", core=core) as served:
+            yield served
+
+
+def main() -> None:
+    """Reads the arguments."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("server", nargs="*", metavar="URL MODEL FOLDER")
+    parser.add_argument("--pin", type=int, nargs=2, metavar=("SERVER", "TOOLS"), help="cores")
+    parser.add_argument("--streams", type=int, nargs="+", default=[4])
+    parser.add_argument("--requests", type=int, default=64)
+    parser.add_argument("--prompt-tokens", type=int, default=128)
+    parser.add_argument("--output-tokens", type=int, default=64)
+    parser.add_argument(
+        "--spread", type=int, default=0, help="of output lengths, where streams > 1"
+    )
+    parser.add_argument("--rounds", type=int, default=4)
+    args = parser.parse_args()
+    if len(args.server) not in (0, 3):
+        parser.error("URL MODEL FOLDER: give all three, or none for the default model")
+    clients = os.environ.get("CONVSERVE_CLIENTS", ".venv/clients/bin")
+    with contextlib.ExitStack() as stack:
+        if args.server:
+            url, model, folder = args.server
+        else:
+            url, model, folder = stack.enter_context(default_model(args.pin and args.pin[0]))
+        if args.pin:
+            os.sched_setaffinity(0, {args.pin[1]})
+        for number, streams in enumerate(args.streams):
+            shape = Shape(
+                url, model, Path(folder), streams, args.requests,
+                args.prompt_tokens, args.output_tokens, args.spread if streams > 1 else 0,
+                seed=1000 * number,
+            )  # fmt: skip
+            compare(shape, args.rounds, clients)
 
 
 if __name__ == "__main__":

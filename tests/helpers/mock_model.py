@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from convserve.cache import AttentionSpec, CacheSizes, ConvSpec, LayerSpec, StateSpec
+from convserve.cache.residence import PAGE_TIME_EDGES
 from convserve.engine.core import EngineCore
 from convserve.engine.messages import EngineInfo, GenerateRequest, SamplingParams
 from convserve.engine.models import PADDING
@@ -166,6 +167,7 @@ def mock_info(core: EngineCore) -> EngineInfo:
         max_num_seqs=sizes.num_slots,
         page_size=sizes.page_size,
         num_pages=sizes.num_pages,
+        page_time_edges=PAGE_TIME_EDGES,
         eos_token_ids=(),
         device="cpu",
         dtype="float64",

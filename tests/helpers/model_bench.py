@@ -59,7 +59,9 @@ class Bench:
             skip = min(rows, max(0, first - start))
             work = Work(seq, start, rows, False, score_from=skip, score_rows=rows - skip)
             self.storage.apply(self.cache.take_copies())
-            parts.append(self.model.forward(self.builder.build(StepPlan((work,), Copies()))))
+            parts.append(
+                self.model.forward(self.builder.build(StepPlan((work,), Copies(), work.rows)))
+            )
             seq.num_computed += rows
             self.cache.commit(seq.id, seq.tokens, seq.num_computed)
         return torch.cat(parts)

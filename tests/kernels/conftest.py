@@ -1,4 +1,5 @@
-"""Triton's interpreter for the kernel tests where there is no GPU.
+"""Triton's interpreter for the kernel tests where there is no GPU, and the CPU's native ops as
+compiled for this machine and for older ones.
 
 Triton reads `TRITON_INTERPRET` when a kernel is decorated. Its own library (`tl.sum`, ...) is
 decorated when Triton is first imported, which another test module may have done before this file
@@ -12,7 +13,10 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
 import torch
+from convserve.kernels import native_build
+from convserve.kernels.native_ops import NativeOps
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -39,3 +43,17 @@ if not torch.cuda.is_available():
         return multiply(self, a, b, *rest)
 
     InterpreterBuilder.create_dot = widened_dot  # pyright: ignore[reportAttributeAccessIssue]
+
+TARGETS = {
+    "this machine": native_build.FLAGS,
+    "avx2": (*native_build.FLAGS, "-march=haswell"),
+}
+
+
+@pytest.fixture(scope="module", params=TARGETS)
+def ops(request: pytest.FixtureRequest) -> NativeOps:
+    """The native ops."""
+    if native_build.compiler() is None or not {"avx2", "fma"} <= native_build.cpu_features():
+        pytest.skip("needs a C compiler and an x86 CPU with AVX2")
+    folder = native_build.cache_folder()
+    return NativeOps(native_build.build(folder, TARGETS[request.param]))

@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, TypeVar
 
 import pytest
 import torch
-from convserve.kernels import ConvFilter, DeltaParts, Ops, SSDParts, Stream, triton_recurrent
+from convserve.kernels import (
+    ConvFilter,
+    DeltaParts,
+    Ops,
+    PackedLinear,
+    SSDParts,
+    Stream,
+    triton_compile,
+    triton_recurrent,
+)
 from convserve.kernels.triton_ops import TritonOps
 from triton_cases import (
     DEVICE,
@@ -46,7 +55,13 @@ Parts = TypeVar("Parts", DeltaParts, SSDParts)
 
 
 def wide_parts(parts: Parts) -> Parts:
-    return replace(parts, **{name: wide(value) for name, value in vars(parts).items()})
+    return replace(parts, **{name: wide_value(value) for name, value in vars(parts).items()})
+
+
+def wide_value(value: object) -> object:
+    if isinstance(value, PackedLinear):
+        return replace(value, weight=wide(value.weight), bias=wide(value.bias))
+    return wide(value)
 
 
 def delta_parts(
@@ -127,9 +142,31 @@ def test_delta_rule_of_longer_runs(
     check_delta(dims, dtype, conv, MIXED)
 
 
-def check_delta(
-    dims: tuple[int, int, int, int], dtype: torch.dtype, conv: str, runs: list[tuple[int, int]]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dims", "depth", "runs"),
+    [
+        ((1, 2, 40, 72), 40, DECODE[1:3]),
+        ((2, 2, 16, 32), 160, [(5, 1)]),
+        ((2, 2, 16, 32), 160, DECODE * 2),
+        ((2, 2, 16, 32), 16, MIXED),
+    ],
+)
+def test_delta_rule_with_a_generator(
+    dims: tuple[int, int, int, int], dtype: torch.dtype, depth: int, runs: list[tuple[int, int]]
 ) -> None:
+    """A Jet layer: its filters made and applied in one launch for few sequences, or by a layer."""
+    check_delta(dims, dtype, "every channel", runs, depth)
+
+
+def check_delta(
+    dims: tuple[int, int, int, int],
+    dtype: torch.dtype,
+    conv: str,
+    runs: list[tuple[int, int]],
+    depth: int = 0,
+) -> None:
+    """`depth`: inputs of a generator behind the code, if any."""
     torch.manual_seed(2)
     layout = make_layout(runs, padding_rows=3, padding_seqs=2)
     parts = delta_parts(*dims, dtype)
@@ -141,6 +178,10 @@ def check_delta(
     parts = replace(
         parts, silu=(conv in ("none", "values static", "every channel"), False, conv == "none")
     )
+    if depth:
+        weight = normal(z_width, depth, dtype=dtype) * depth**-0.5
+        generator = PackedLinear(weight, normal(z_width, dtype=dtype), depth, z_width)
+        parts, z_width = replace(parts, generator=generator), depth
     columns = normal(count, width + inner + 2 * heads + z_width, dtype=dtype)
     qkv, gate = columns[:, :width], columns[:, width : width + inner]
     b, a = columns[:, width + inner :][:, : 2 * heads].chunk(2, dim=1)
@@ -312,3 +353,24 @@ def test_a_captured_step_repeats_the_eager_one(rows: int) -> None:
         graph.replay()
         assert torch.equal(captured[:live], truth[:live])
     assert torch.equal(nan_bits(state), nan_bits(eager_state))
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="compiles for a GPU")
+def test_compiling_ahead_writes_nothing() -> None:
+    """An engine's start: a step walked through leaves state as it was, and runs right after."""
+    torch.manual_seed(8)
+    layout = make_layout([(5, 1), (0, 3)])
+    parts = delta_parts(1, 2, 24, 48, torch.float32)
+    columns = normal(4, sum(parts.widths) + 96 + 4)
+    qkv, gate, b = columns[:, : sum(parts.widths)], columns[:, -100:-4], columns[:, -4:-2]
+    state = make_state(layout, 2, 24, 48)
+    before, truth_state = state.clone(), state.double()
+
+    def run(ops: Ops, parts: DeltaParts, state: Tensor) -> Tensor:
+        x, g, c = (t.to(state.dtype) for t in (qkv, gate, b))
+        return ops.delta_rule(parts, x, None, None, None, g, c, c, state, layout.batch)
+
+    with triton_compile.compiling(2):
+        run(TRITON, parts, state)
+    assert torch.equal(nan_bits(state), nan_bits(before))
+    assert_close(run(TRITON, parts, state), run(REFERENCE, wide_parts(parts), truth_state))

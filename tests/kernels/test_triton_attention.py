@@ -68,6 +68,27 @@ def test_every_number_of_splits_gives_the_same_answer(splits: int, window: int |
     assert_close(out, truth)
 
 
+@pytest.mark.parametrize(
+    ("splits", "window", "dim", "dtype"),
+    [(1, None, 20, torch.bfloat16), (3, 21, 16, torch.float32), (8, None, 16, torch.float32)],
+)
+def test_a_single_query_meets_every_key_once(
+    splits: int, window: int | None, dim: int, dtype: torch.dtype
+) -> None:
+    """Whatever the parts, the keys fetched ahead, and the tiles that a page cuts."""
+    torch.manual_seed(4)
+    layout = make_layout([(0, 1), (90, 1), (31, 1)], page_size=24, padding_seqs=1)
+    k, v = filled_pages(layout, 2, dim, dtype)
+    q = normal(3, 2, dim, dtype=dtype)
+    live = live_only(layout.batch)
+    truth = REFERENCE.attention(q.double(), k.double(), v.double(), live, 0.3, window)
+    for keys, warps, ahead in ((4, 1, 1), (8, 2, 3)):
+        out = torch.full((3, 2 * dim), float("nan"), device=DEVICE, dtype=dtype)
+        tile = tuning.DecodeTile(keys, splits, warps, ahead)
+        split(q, k, v, layout.batch, 0.3, window, out, 1, tile)
+        assert_close(out, truth)
+
+
 def check(
     layout: Layout, heads: tuple[int, int], dim: int, dtype: torch.dtype, window: int | None
 ) -> None:

@@ -8,6 +8,7 @@ import itertools
 import pytest
 import torch
 from convserve.kernels import Ops, tuning
+from convserve.kernels.triton_conv import conv
 from convserve.kernels.triton_ops import TritonOps
 from torch import Tensor
 from triton_cases import (
@@ -92,7 +93,7 @@ def test_conv_tiles(tile: tuning.ConvTile) -> None:
     check_conv(layout, filters, z_width, torch.bfloat16, columns=48, tile=tile)
 
 
-@pytest.mark.parametrize("kind", ["static", "lowrank", "headwise"])
+@pytest.mark.parametrize("kind", ["static", "headwise"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_long_runs(kind: str, dtype: torch.dtype) -> None:
     """Tiles inside a sequence, over its edges, and past the last row; an uncovered part between."""
@@ -101,6 +102,49 @@ def test_long_runs(kind: str, dtype: torch.dtype) -> None:
     filters, z_width = make_filter(kind, 4, [(0, 64), (80, 112)], head_size=8, dtype=dtype)
     tile = tuning.ConvTile(64, 32, 1, "runs")
     check_conv(layout, filters, z_width, dtype, columns=112, tile=tile)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "width", "rank", "ring_len"),
+    [(torch.float32, 4, 16, 4), (torch.bfloat16, 4, 16, 4), (torch.float32, 5, 15, 8),
+     (torch.bfloat16, 2, 5, 16)],
+    ids=str,
+)  # fmt: skip
+def test_long_runs_of_lowrank_filters(
+    dtype: torch.dtype, width: int, rank: int, ring_len: int
+) -> None:
+    """Sequences of several stretches, of part of one, of a row and of none; two wrap the ring."""
+    torch.manual_seed(7)
+    runs = [(0, 130), (5, 67), (2, 1), (1, 33)]
+    layout = make_layout(runs, ring_len=ring_len, padding_rows=3, padding_seqs=2)
+    filters, z_width = make_filter(
+        "lowrank", width, [(0, 128), (128, 192)], rank=rank, dtype=dtype, bias=width != 4,
+        silu=width == 5, scale=0.5 if width == 2 else 1.0,
+    )  # fmt: skip
+    channels = 32 if width == 5 else 64
+    tile = tuning.ConvTile(64, channels, channels // 32, "runs", stages=3, registers=168)
+    check_conv(layout, filters, z_width, dtype, columns=192, tile=tile)
+
+
+def test_long_runs_add_a_residual() -> None:
+    torch.manual_seed(9)
+    layout = make_layout([(2, 70)])
+    filters, z_width = make_filter("lowrank", 4, [(0, 32)])
+    x, z, residual = normal(70, 32), normal(70, z_width), normal(70, 32)
+    ring = make_ring(layout, 4, 32, torch.float32)
+    tile = tuning.ConvTile(32, 32, 1, "runs", stages=2)
+    alone = conv(x, z, filters, ring.clone(), layout.batch, tile=tile)
+    both = conv(x, z, filters, ring, layout.batch, residual, tile)
+    torch.testing.assert_close(both, alone + residual)
+
+
+@pytest.mark.parametrize("columns", [96, 112])
+def test_the_tile_of_many_rows(columns: int) -> None:
+    """What the table picks for a long step, of streams that are whole tiles and of others."""
+    torch.manual_seed(8)
+    layout = make_layout([(3, 500), (0, 40)])
+    filters, z_width = make_filter("lowrank", 4, [(0, 64), (64, columns)], dtype=torch.bfloat16)
+    check_conv(layout, filters, z_width, torch.bfloat16, columns=columns)
 
 
 @pytest.mark.parametrize(("bias", "silu", "scale"), [(True, True, 0.5), (False, False, 2.0)])

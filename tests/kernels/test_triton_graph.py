@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -105,3 +106,39 @@ def test_kernels_that_start_early_read_nothing_early(
     for results in overlapped:
         for got, truth in zip(results, apart, strict=True):
             assert torch.equal(got, truth)
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="overlaps kernels on a GPU")
+def test_keys_read_early_are_those_of_earlier_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention fetches old keys before this step's are written: it must meet those all the same,
+    and in the next step find them where it looks early.
+    """
+    torch.manual_seed(3)
+    dtype, layers, hidden = torch.bfloat16, 3, HEADS * DIM
+    weights = [
+        TRITON.pack_linear(normal(3 * hidden, hidden, dtype=dtype) / hidden**0.5, None)
+        for _ in range(layers)
+    ]
+    first, rope = normal(9, hidden, dtype=dtype), normal(9, DIM)
+
+    def run() -> list[Tensor]:
+        caches = [[torch.zeros(50, HEADS, 16, DIM, dtype=dtype, device=DEVICE) for _ in "kv"]
+                  for _ in weights]  # fmt: skip
+        results = []
+        for step in range(40):
+            batch = make_layout([(step, 1)] * 9).batch
+            pages = (torch.arange(9)[:, None] * 4 + torch.arange(1, 5)).int().to(DEVICE)
+            rows = pages[:, step // 16].long() * 16 + step % 16
+            batch = replace(batch, pages=pages, kv_rows=rows)
+            x = first
+            for weight, (k, v) in zip(weights, caches, strict=True):
+                qkv = TRITON.linear(x, weight)
+                q = TRITON.qkv_rope_write(qkv, None, None, None, None, rope, k, v, batch)
+                x = TRITON.attention(q, k, v, batch, DIM**-0.5)
+            results.append(x)
+        return results
+
+    overlapped = run()
+    monkeypatch.setattr(triton_launch, "can_overlap", lambda _device: False)
+    for got, truth in zip(overlapped, run(), strict=True):
+        assert torch.equal(got, truth)

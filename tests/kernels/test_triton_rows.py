@@ -6,8 +6,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from convserve.kernels import Ops, triton_launch, tuning
-from convserve.kernels.triton_linear import linear, silu_linear
+from convserve.kernels import Ops, PackedLinear, triton_launch, tuning
+from convserve.kernels.triton_linear import linear, linear_parts, silu_linear
+from convserve.kernels.triton_norm import add_rms_norm
 from convserve.kernels.triton_ops import TritonOps
 from triton_cases import (
     DEVICE,
@@ -90,6 +91,31 @@ def test_qkv_of_long_runs(
     )  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("dtype", "norm", "parts"),
+    [(torch.float32, None, (0, 1, 2)), (torch.float32, ("head", "conv_first"), "one stream"),
+     (torch.bfloat16, ("head", "norm_first"), (0, 1, 2))],
+    ids=str,
+)  # fmt: skip
+def test_qkv_of_long_runs_with_lowrank_filters(
+    dtype: torch.dtype, norm: tuple[str, str] | None, parts: tuple[int, ...] | str
+) -> None:
+    """Sequences of several stretches, of part of one, of a row and of none."""
+    torch.manual_seed(12)
+    layout = make_layout([(0, 70), (5, 9), (2, 1), (1, 35)], padding_rows=2, padding_seqs=1)
+    check_qkv(
+        layout, "lowrank", dtype, head_dim=64, norm=norm, parts=parts,
+        tile=tuning.ConvTile(64, 32, 2, "runs", stages=2),
+    )  # fmt: skip
+
+
+def test_the_qkv_tile_of_many_rows() -> None:
+    torch.manual_seed(13)
+    check_qkv(
+        make_layout([(3, 500), (0, 40)]), "lowrank", torch.bfloat16, heads=(1, 1), head_dim=64
+    )
+
+
 @pytest.mark.parametrize("kind", ["none", "lowrank"])
 def test_qkv_in_bfloat16(kind: str) -> None:
     torch.manual_seed(5)
@@ -155,7 +181,7 @@ def test_rms_norm(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("tile", [
     tuning.LinearTile(1, 4, 64, 1, 1), tuning.LinearTile(4, 2, 32, 1, 1),
     tuning.LinearTile(16, 16, 32, 4, 2), tuning.LinearTile(8, 32, 64, 2, 3, 2),
-    tuning.LinearTile(8, 16, 64, 4, 0, 4),
+    tuning.LinearTile(8, 16, 64, 4, 0, 4), tuning.LinearTile(8, 16, 16, 4, 2, early=3),
 ])  # fmt: skip
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("outputs", "depth"), [(24, 64), (10, 80)])
@@ -173,6 +199,42 @@ def test_small_linear(tile: tuning.LinearTile, bias: bool, outputs: int, depth: 
     gated = silu_linear(x, weight, shift, tile)
     assert gated is not None
     assert_close(gated, F.silu(gate) * up)
+
+
+@pytest.mark.parametrize("parts", [2, 3])
+@pytest.mark.parametrize("early", [0, 9])
+def test_a_norm_adds_up_parts_of_a_linear(parts: int, early: int) -> None:
+    """Each step of depth counts once, fetched early or not, and the bias too."""
+    torch.manual_seed(11)
+    x, weight = normal(5, 200, dtype=torch.bfloat16), normal(24, 200, dtype=torch.bfloat16)
+    shift, residual, norm = normal(24, dtype=torch.bfloat16), normal(5, 24), normal(24)
+    tile = tuning.LinearTile(16, 16, 32, 4, 2, early=early, parts=parts)
+    sums = linear_parts(x, weight, shift, tile)
+    assert sums is not None
+    whole = F.linear(x.double(), weight.double(), shift.double())
+    assert_close(sums.sum(0), whole)
+    for got, truth in zip(
+        add_rms_norm(sums, residual, norm, 1e-5),
+        REFERENCE.add_rms_norm(whole, residual.double(), norm.double(), 1e-5),
+        strict=True,
+    ):
+        assert_close(got, truth)
+
+
+@pytest.mark.parametrize(("rows", "depth"), [(3, 64), (40, 4200)])
+def test_linear_add_rms_norm(rows: int, depth: int) -> None:
+    torch.manual_seed(12)
+    x, weight = normal(rows, depth, dtype=torch.bfloat16), normal(64, depth, dtype=torch.bfloat16)
+    residual, norm = normal(rows, 64, dtype=torch.bfloat16), normal(64, dtype=torch.bfloat16)
+    packed = TRITON.pack_linear(weight / depth**0.5, None)
+    truth = REFERENCE.linear_add_rms_norm(
+        x.double(), PackedLinear(packed.weight.double(), None, depth, 64),
+        residual.double(), norm.double(), 1e-5,
+    )  # fmt: skip
+    for got, expected in zip(
+        TRITON.linear_add_rms_norm(x, packed, residual, norm, 1e-5), truth, strict=True
+    ):
+        assert_close(got, expected)
 
 
 def test_the_table_asks_for_no_more_than_the_device_has(monkeypatch: pytest.MonkeyPatch) -> None:

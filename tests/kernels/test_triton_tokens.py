@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from convserve.kernels import Ops
+from convserve.kernels import Ops, triton_sampling
 from convserve.kernels.triton_ops import TritonOps
 from triton_cases import DEVICE, normal
 
@@ -77,10 +77,11 @@ def test_draws_are_the_references(vocab: int, filters: tuple[int, float, float])
         torch.tensor([0.3, 1.0, 2.0, 1.0], device=DEVICE), (rows * top_k).int(), rows * top_p,
         rows * min_p, torch.rand(4, dtype=torch.float64).to(DEVICE),
     )  # fmt: skip
-    got = TRITON.sample(logits, *settings)
     truth = REFERENCE.sample(logits, *settings)
-    assert got.dtype == torch.int64
-    assert got.tolist() == truth.tolist()
+    for parts in (0, 1, 2, 7) if DEVICE.type == "cuda" else (0, 1):
+        got = triton_sampling.sample(logits, *settings, parts=parts)
+        assert got.dtype == torch.int64
+        assert got.tolist() == truth.tolist()
 
 
 def test_every_row_has_its_own_settings_and_faults() -> None:
@@ -99,6 +100,23 @@ def test_every_row_has_its_own_settings_and_faults() -> None:
     assert got[1] == got[4] == -1
     best = logits.float().argmax(1).tolist()
     assert [got[i] for i in (0, 2, 5)] == [best[i] for i in (0, 2, 5)]
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="several programs a row at once")
+@pytest.mark.parametrize("filters", FILTERS[::2])
+def test_parts_of_a_row_agree(filters: tuple[int, float, float]) -> None:
+    """A row's programs wait for each other; how many there are must not change a token."""
+    torch.manual_seed(5)
+    top_k, top_p, min_p = filters
+    for rows, vocab in ((1, 100_352), (2, 50_000), (9, 100_352)):
+        logits = normal(rows, vocab, dtype=torch.bfloat16) * 2
+        ones = torch.ones(rows, device=DEVICE)
+        u = torch.rand(rows, dtype=torch.float64).to(DEVICE)
+        settings = (ones, (ones * top_k).int(), ones * top_p, ones * min_p, u)
+        usual = TRITON.sample(logits, *settings).tolist()
+        for parts in (13, 13, 14):
+            assert triton_sampling.sample(logits, *settings, parts=parts).tolist() == usual
+        assert usual == REFERENCE.sample(logits, *settings).tolist()
 
 
 def test_draws_follow_the_distribution() -> None:

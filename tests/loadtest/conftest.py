@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import subprocess
-import sys
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, NamedTuple
-from urllib.request import Request, urlopen
 
-import msgspec
 import pytest
 from convserve.loadtest.client import Client, ClientOptions
 from convserve.loadtest.generator import Generator
@@ -19,6 +14,7 @@ from convserve.loadtest.http import Pool, Target
 from convserve.loadtest.plan import Plan
 from convserve.loadtest.prompts import PromptPlan
 from convserve.loadtest.scenario import make_scenario
+from mocked import Mock, running_mock
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,38 +22,10 @@ if TYPE_CHECKING:
     from convserve.loadtest.records import AuditSample, RequestRecord
 
 
-class Mock:
-    """The mock server's remote control."""
-
-    def __init__(self, port: int) -> None:
-        self.url = f"http://127.0.0.1:{port}"
-
-    def program(self, **fields: Any) -> None:
-        request = Request(f"{self.url}/program", data=msgspec.json.encode(fields))
-        with urlopen(request) as answer:
-            assert answer.status == 200
-
-    def log(self) -> list[dict[str, Any]]:
-        with urlopen(f"{self.url}/log") as answer:
-            return msgspec.json.decode(answer.read())
-
-
 @pytest.fixture(scope="session")
 def mock_process() -> Iterator[Mock]:
-    process = subprocess.Popen(
-        [sys.executable, str(Path(__file__).parent / "mock_server.py")],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
-    assert process.stdin is not None
-    try:
-        yield Mock(int(process.stdout.readline()))
-    finally:
-        process.stdin.close()
-        process.wait(10)
-        process.stdout.close()
+    with running_mock() as mock:
+        yield mock
 
 
 @pytest.fixture

@@ -217,14 +217,41 @@ class Server(asyncio.Protocol):
         def usage() -> dict[str, int]:
             return {"prompt_tokens": prompt_tokens, "completion_tokens": done}
 
-        def event(data: dict[str, Any]) -> None:
-            payload = msgspec.json.encode(data)
-            line = b"data: " + payload + b"\n\n"
-            self.transport.write(b"%x\r\n%b\r\n" % (len(line), line))
+        def event(data: dict[str, Any]) -> bytes:
+            line = b"data: " + msgspec.json.encode(data) + b"\n\n"
+            return b"%x\r\n%b\r\n" % (len(line), line)
 
         due = begin + program.ttft[number % len(program.ttft)]
         index = 0
+        head = (
+            b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream; charset=utf-8\r\n"
+            b"Transfer-Encoding: chunked\r\n\r\n"
+        )
+        if chat:
+            role: dict[str, Any] = {
+                "choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]
+            }
+            if usage_running:
+                role["usage"] = usage()
+            head += event(role)
         while True:
+            # the bytes are made before their time, so that the stamp is that of their write
+            count = min(program.per_chunk[index % len(program.per_chunk)], total - done)
+            breaks = fail in ("drop", "error") and done >= int(detail)
+            data = b""
+            if count and not breaks:
+                corrupt = "!" if number >= program.corrupt_from else ""
+                text = "".join(f"t{done + k}{corrupt} " for k in range(count))
+                choice: dict[str, Any] = {"index": 0}
+                choice.update({"delta": {"content": text}} if chat else {"text": text})
+                if ids:
+                    choice["token_ids"] = [2000 + done + k for k in range(count)]
+                done += count
+                kind = "chat.completion.chunk" if chat else "text_completion"
+                chunk: dict[str, Any] = {"id": "x", "object": kind, "choices": [choice]}
+                if usage_running:
+                    chunk["usage"] = usage()
+                data = event(chunk)
             await sleep_until(due, program.precise)
             low, high = (
                 (state.first or 0.0) + program.stall[0],
@@ -233,41 +260,19 @@ class Server(asyncio.Protocol):
             if low <= perf_counter() < high:
                 await sleep_until(high, program.precise)
                 due = perf_counter()
-            if not index:
-                self.transport.write(
-                    b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream; charset=utf-8\r\n"
-                    b"Transfer-Encoding: chunked\r\n\r\n"
-                )
-                if chat:
-                    role: dict[str, Any] = {
-                        "choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]
-                    }
-                    if usage_running:
-                        role["usage"] = usage()
-                    event(role)
-            if fail in ("drop", "error") and done >= int(detail):
+            stamp = perf_counter()
+            self.transport.write(head + data)
+            head = b""
+            if breaks:
                 if fail == "drop":
                     self.transport.abort()
                     return
-                event({"error": {"message": "programmed", "code": 500}})
+                self.transport.write(event({"error": {"message": "programmed", "code": 500}}))
                 break
-            if done >= total:
+            if not count:
                 break
-            count = min(program.per_chunk[index % len(program.per_chunk)], total - done)
-            corrupt = "!" if number >= program.corrupt_from else ""
-            text = "".join(f"t{done + k}{corrupt} " for k in range(count))
-            choice: dict[str, Any] = {"index": 0}
-            choice.update({"delta": {"content": text}} if chat else {"text": text})
-            if ids:
-                choice["token_ids"] = [2000 + done + k for k in range(count)]
-            done += count
-            kind = "chat.completion.chunk" if chat else "text_completion"
-            chunk: dict[str, Any] = {"id": "x", "object": kind, "choices": [choice]}
-            if usage_running:
-                chunk["usage"] = usage()
-            entry["chunks"].append(perf_counter())
+            entry["chunks"].append(stamp)
             entry["counts"].append(count)
-            event(chunk)
             if fail == "malformed":
                 self.transport.write(b"7\r\ndata: {\r\n2\r\n\n\n\r\n")
                 break
@@ -278,12 +283,14 @@ class Server(asyncio.Protocol):
         if fail not in ("error", "no_finish", "malformed"):
             last: dict[str, Any] = {"index": 0, "finish_reason": "length"}
             last.update({"delta": {}} if chat else {"text": ""})
-            event({"choices": [last], **({"usage": usage()} if usage_running else {})})
+            self.transport.write(
+                event({"choices": [last], **({"usage": usage()} if usage_running else {})})
+            )
             if program.final_usage:
-                event({"choices": [], "usage": usage()})
+                self.transport.write(event({"choices": [], "usage": usage()}))
+        entry["end"] = perf_counter()
         if fail != "no_done":
             self.transport.write(b"e\r\ndata: [DONE]\n\n\r\n")
-        entry["end"] = perf_counter()
         self.transport.write(b"0\r\n\r\n")
 
 

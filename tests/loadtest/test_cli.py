@@ -205,3 +205,33 @@ def test_flags_change_a_scenario_in_one_way():
     assert made.request.timeout == 5
     assert build_scenario(None, None, load={"rate": 2.0}).load.strategy == "poisson"
     assert build_scenario(None, None).load.max_duration == 30
+
+
+def test_a_shipped_load_is_scaled_to_the_machine():
+    burst = build_scenario("burst", None).load.stages
+    half = build_scenario("burst", None, scale="0.5:0.1").load.stages
+    assert [s.duration for s in half] == pytest.approx([s.duration / 10 for s in burst])
+    assert [s.level for s in half] == pytest.approx([s.level / 2 for s in burst])
+    assert half[2].to == burst[2].to / 2
+    prefix = build_scenario("prefix", None, scale="0.1:0.1").load
+    assert (prefix.concurrency, prefix.max_requests) == (1, 40)
+    # flags are what is meant, whatever the scale
+    assert build_scenario("chat", None, load={"rate": 3.0}, scale="0.5").load.rate == 3.0
+    for wrong in ("0", "1:0", "x", "1:2:3"):
+        with pytest.raises(ValueError, match="is not RATE or RATE:TIME"):
+            build_scenario("chat", None, scale=wrong)
+
+
+async def test_a_load_beyond_the_models_context_is_refused_by_name(mock):
+    """Found out in mid-run it would be a report full of errors, and the server's fault."""
+    settings = Settings(url=mock.url, scrape=False)
+    table = {
+        "name": "essays",
+        "load": {"max_requests": 3},
+        "traffic": [{"name": "long", "prompt_tokens": 4000, "output_tokens": 97}],
+    }
+    message = "scenario essays: a session of traffic 'long' comes to 4097 tokens in 1 turns, and "
+    with pytest.raises(RunError, match=f"{message}mock takes 4096"):
+        await run(make_scenario(table), settings)
+    # the fields that the server takes were asked for; no load was sent
+    assert all(len(entry["prompt"]) < 100 for entry in mock.log())

@@ -13,7 +13,7 @@ import time
 import numpy as np
 import pytest
 from convserve.loadtest.audit import audit
-from convserve.loadtest.figures import figures, itl_samples, ttft, ttft_service
+from convserve.loadtest.figures import e2e, figures, itl_samples, tpot, ttft, ttft_service
 
 
 def measured(load):
@@ -48,6 +48,44 @@ async def test_token_stamps_agree_with_the_servers_own_log(mock, load):
     assert itl.count == truth.size
     assert itl.mean.value == pytest.approx(truth.mean(), rel=0.01, abs=2e-4)
     assert itl.percentiles["p50"].value == pytest.approx(np.median(truth), rel=0.05, abs=1e-3)
+
+
+@pytest.mark.parametrize("open_loop", [False, True])
+async def test_all_time_of_a_request_is_the_servers_the_ways_or_the_gap(mock, load, open_loop):
+    """What the client does between two requests may not pass for the server's time, nor any time
+    get lost between the stamps: a figure is the server's own, plus the ways, plus `send_gap`."""
+    mock.program(ttft=[0.02, 0.005, 0.005], itl=[0.005, 0.002])
+    how = {"strategy": "constant", "rate": 40} if open_loop else {"concurrency": 3}
+    done = await load(
+        {
+            "load": {**how, "max_requests": 24, "warmup": 3},
+            "traffic": [{"output_tokens": 6, "prompt_tokens": 20}],
+        }
+    )
+    log = {tuple(entry["prompt"]): entry for entry in mock.log()}
+    ends = []
+    for record in done.records:
+        entry = log[tuple(done.plan.session(record.index).turns[0].prompt)]
+        arrived, end = entry["arrived"] - done.origin, entry["end"] - done.origin
+        written = np.array(entry["chunks"]) - done.origin
+        order = [record.intended, record.dispatched, record.sent, arrived, written[0]]
+        order += [record.first_token, record.last_token, record.end]
+        assert order == sorted(order)
+        assert record.first_byte <= record.first_token
+        assert written[-1] <= end <= record.end
+        assert record.reused or open_loop
+        there, back = arrived - record.sent, record.first_token - written[0]
+        gap = record.sent - record.intended
+        assert ttft(record) == pytest.approx(gap + there + (written[0] - arrived) + back, abs=1e-9)
+        assert e2e(record) == pytest.approx(gap + there + end - arrived + record.end - end)
+        spent = tpot(record) * 5 - (written[-1] - written[0])
+        assert spent == pytest.approx(record.last_token - written[-1] - back, abs=1e-9)
+        ends.append(record.end)
+    if not open_loop:
+        # each user's next request is due when, and not before, an answer has come to its end
+        starts = sorted(record.intended for record in done.records)[3:]
+        for start, end in zip(starts, sorted(ends), strict=False):
+            assert end <= start < end + 0.05
 
 
 def stalled_truth(intended, in_flight, stall):

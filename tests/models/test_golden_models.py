@@ -88,7 +88,7 @@ class Harness:
                 seq.num_computed += count
         if not works:
             return
-        batch = self._builder.build(StepPlan(tuple(works), Copies()))
+        batch = self._builder.build(StepPlan(tuple(works), Copies(), sum(w.rows for w in works)))
         parts = self._model.forward(batch).split([w.rows for w in works])
         for work, part in zip(works, parts, strict=True):
             self.logits[int(work.seq.id)].append(part)

@@ -3,16 +3,19 @@ ships filters that were never measured."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
+import tarfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import recall
 import retrofit
+import runs
 import scratch
+import served
 import study
 import torch
 from conv_model import PLACES, ConvModel, load, save
@@ -53,6 +56,7 @@ def served_loss(folder: Path, ids: Path, windows: int, length: int, **options: A
         "--kind headwise --size 8",
         "--kind lowrank --size 3",
         f"--kind lowrank --size 3 --placement {' '.join(PLACES)}",
+        "--kind lowrank --size 3 --experts 3 --inner 16",
     ],
 )
 def test_a_model_from_scratch_learns_and_is_served_with_the_same_loss(
@@ -71,7 +75,8 @@ def test_a_model_from_scratch_learns_and_is_served_with_the_same_loss(
 
 
 @pytest.mark.parametrize(
-    "variant", ["plain", "lowrank qkv", "headwise all", "static", "conv first, full", "biases"]
+    "variant",
+    ["plain", "lowrank qkv", "headwise all", "static", "conv first, full", "biases", "experts"],
 )
 def test_the_model_is_the_definition(variant: str, tmp_path: Path) -> None:
     config, tokens = config_of(variant), list(range(3, 30))
@@ -84,11 +89,23 @@ def test_the_model_is_the_definition(variant: str, tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("variant", ["block norm", "some layers", "silu and scale", "experts"])
+@pytest.mark.parametrize("variant", ["block norm", "some layers", "silu and scale"])
 def test_what_is_not_trained_is_refused(variant: str, tmp_path: Path) -> None:
     write_model(tmp_path, config_of(variant))
     with pytest.raises(ModelError, match="the recipes train"):
         load(tmp_path)
+
+
+def test_experts_with_a_shared_one_are_refused(tmp_path: Path) -> None:
+    config = config_of("experts") | {"shared_expert_intermediate_size": 8}
+    with pytest.raises(ModelError, match="the recipes train"):
+        ConvModel(config)
+    args = scratch.arguments().parse_args(
+        ["o", "--train", "t", "--tokenizer", "t", "--experts", "2"]
+    )
+    plain = ConvModel(scratch.config_of(args))
+    with pytest.raises(ModelError, match="inside experts"):
+        plain.add_sites("lowrank", ["up"], 4, 4)
 
 
 def retrofitted(base: Path, out: Path, ids: Path, flags: str) -> dict[str, float]:
@@ -193,19 +210,30 @@ def test_a_loss_over_few_windows_is_the_mean_over_their_tokens(base: Path, ids: 
 
 
 def test_every_flag_of_the_study_is_one_that_its_script_knows() -> None:
-    args = argparse.Namespace(
-        corpus="c",
-        small_corpus="s",
-        own="o",
-        tokenizer="t",
-        retrofit_steps=1,
-        scratch_steps=1,
-        final_steps=1,
-        tiny_steps=1,
-        seeds=[0, 1],
-    )
-    scripts = {"retrofit": retrofit, "scratch": scratch}
-    for runs in study.chains(args).values():
-        for run in runs:
-            first = ["base"] if run.script == "retrofit" else []
-            scripts[run.script].arguments().parse_args([*first, "out", *run.flags.split()])
+    args = study.arguments().parse_args(["out", "--part", "scratch", "retrofit"])
+    scripts = {"retrofit": retrofit, "scratch": scratch, "recall": recall, "served": served}
+    trained = [*runs.scratch_runs(args), *runs.retrofit_runs(args)]
+    again = [r for run in trained if (r := runs.served_run(run, args)) is not None]
+    for run in (*trained, *runs.recall_runs(args), *again):
+        words = run.words(Path("out"), run.rate)
+        scripts[run.script].arguments().parse_args(words)
+
+
+def test_the_study_goes_on_at_the_rate_of_the_best_trial_and_keeps_what_is_done(
+    tmp_path: Path,
+) -> None:
+    flags = f"{tmp_path / 'out'} --part retrofit --work {tmp_path / 'work'} --seconds 1"
+    whole = study.Study(study.arguments().parse_args(flags.split()))
+    [run] = [r for r in whole.gpu if r.name == "retrofit/lora/0"]
+    for name, loss, rate in zip(run.trials, (9.2, 9.1), (1e-3, 2e-3), strict=True):
+        whole.done[name].set()
+        folder = whole.args.work / name
+        folder.mkdir(parents=True)
+        result = {"after": {"held-out": loss}, "arguments": {"lr": rate}}
+        (folder / "result.json").write_text(json.dumps(result))
+    assert whole.best_rate(run) == "0.002"
+    study.pack(whole.args.work, whole.args.out)
+    with tarfile.open(whole.args.out / "figures.tar.gz") as archive:
+        assert archive.getnames() == [f"{name}/result.json" for name in run.trials]
+    whole.run()  # no run could end in a second, so none is begun
+    assert not (whole.args.work / run.name).exists()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ import pytest
 import uvicorn
 from convserve.server import connections
 from fake_engine import FakeEngine
+from uvicorn.server import ServerState
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -156,3 +158,69 @@ async def test_a_second_head_without_end_cuts_the_stream_before_it(
         assert b"431" not in received
         while engine.live:
             await asyncio.sleep(0.001)
+
+
+class Pipe(asyncio.Transport):
+    """Takes what is written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written = b""
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        self.written += data
+
+    def is_closing(self) -> bool:
+        return False
+
+    def close(self) -> None:
+        pass
+
+    def resume_reading(self) -> None:
+        pass
+
+    async def has(self, part: bytes) -> None:
+        """Returns once `part` was written."""
+        async with asyncio.timeout(10):
+            while part not in self.written:
+                await asyncio.sleep(0)
+
+
+async def test_a_stream_that_waits_for_its_reader_is_counted(serve: Callable[..., Any]) -> None:
+    engine = FakeEngine("abc", auto=False)
+    app = serve(engine)
+    metrics = app.state.service.metrics
+
+    def figures() -> tuple[float, float]:
+        """Waits so far, and seconds that they took."""
+        text = metrics.render().decode()
+        times, seconds = re.findall(r"^convserve_sse_backpressure\w*_total{.*} (\S+)$", text, re.M)
+        return float(times), float(seconds)
+
+    config = uvicorn.Config(app, lifespan="off", log_config=None)
+    config.load()
+    connection = connections.BoundedConnection(
+        config=config, server_state=ServerState(), app_state={"metrics": metrics}
+    )
+    pipe = Pipe()
+    connection.connection_made(pipe)
+    connection.data_received(STREAM)
+    while not engine.live:
+        await asyncio.sleep(0)
+    engine.step()
+    await pipe.has(b'"a"')
+    connection.pause_writing()  # the transport's buffer is full: what comes next must wait
+    engine.step()
+    async with asyncio.timeout(10):
+        while figures() != (1, 0):
+            await asyncio.sleep(0)
+    assert b'"b"' not in pipe.written
+    connection.resume_writing()
+    await pipe.has(b'"b"')
+    engine.step()
+    engine.step()
+    await pipe.has(b"[DONE]")
+    times, seconds = figures()
+    assert times == 1
+    assert seconds > 0
+    connection.connection_lost(None)

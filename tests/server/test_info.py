@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 import pytest
-from convserve.engine.messages import EngineStats
+from convserve.engine.messages import EngineStats, Times
 from fake_engine import FakeEngine
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -68,6 +68,22 @@ async def test_tokenize_and_back(connect: Callable[..., Any]) -> None:
             assert (await client.post("/detokenize", json=body)).status_code == 400
 
 
+async def test_gateways_tokenize_in_their_form(connect: Callable[..., Any]) -> None:
+    messages = [{"role": "user", "content": "€"}]
+    async with connect(FakeEngine()) as client:
+        reply = await client.post("/v1/tokenize", json={"model": "tiny", "prompt": "h€"})
+        assert reply.json() == {"tokens": [104, 0xE2, 0x82, 0xAC], "count": 4, "char_count": 2}
+        reply = await client.post("/v1/detokenize", json={"tokens": reply.json()["tokens"]})
+        assert reply.json() == {"text": "h€"}
+        counted = (await client.post("/v1/tokenize", json={"messages": messages})).json()
+        assert bytes(counted["tokens"]).decode() == "user: €\nassistant: "
+        assert (counted["count"], counted["char_count"]) == (21, 19)
+        for path in ("/v1/tokenize", "/v1/detokenize"):
+            assert (await client.post(path, json={})).status_code == 400
+            unknown = {"model": "x", "tokens": [], "prompt": ""}
+            assert (await client.post(path, json=unknown)).status_code == 404
+
+
 async def test_probes_are_logged_only_when_they_fail(
     connect: Callable[..., Any], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -97,12 +113,14 @@ async def scrape(client: Any) -> dict[str, float]:
 
 async def test_metrics_count_what_happened(connect: Callable[..., Any]) -> None:
     engine = FakeEngine("hello", cached=2)
+    engine.info = msgspec.structs.replace(engine.info, page_time_edges=(1.0, 2.0))
     engine.totals = EngineStats(
         running=3, waiting=2, pages_total=64, pages_used=16, slots_total=4, slots_used=3,
         pages_kept=8, tails_total=5, tails_stored=4, tails_evicted=3, prefix_queries=50,
         prefix_hits=20, replayed_tokens=9,
         preemptions=1, prompt_tokens=100, generation_tokens=200, steps=9, step_seconds_total=0.5,
-        graph_replays={1: 4, 16: 5}, padding_tokens=6,
+        graph_replays={1: 4, 16: 5}, padding_tokens=6, gpu_idle_seconds=1.5, corrupted_requests=2,
+        page_lifetimes=Times((0, 3, 1), 7.5), page_idle_times=Times((1, 0, 0), 0.5),
     )  # fmt: skip
     async with connect(engine) as client:
         before = await scrape(client)
@@ -132,13 +150,28 @@ async def test_metrics_count_what_happened(connect: Callable[..., Any]) -> None:
             "generation_tokens_total": 200,
             "prefix_cache_queries_total": 50,
             "prefix_cache_hits_total": 20,
+            "corrupted_requests_total": 2,
+            "request_prefill_kv_computed_tokens_sum": 1,
         }.items():
             assert after[f"{prefix}{name}{extra}{model}"] == pytest.approx(value), name
     assert after["vllm:num_requests_running|engine=0|model_name=tiny"] == 3
     assert after["vllm:num_requests_waiting|engine=0|model_name=tiny"] == 2
     assert after["vllm:kv_cache_usage_perc|engine=0|model_name=tiny"] == 0.25
     assert after["vllm:num_preemptions_total|engine=0|model_name=tiny"] == 1
+    for ours, vllm, counts, seconds in (
+        ("page_lifetime", "block_lifetime", [0, 3, 4], 7.5),
+        ("page_idle_before_evict", "block_idle_before_evict", [1, 1, 1], 0.5),
+        ("page_reuse_gap", "block_reuse_gap", [0, 0, 0], 0),
+    ):
+        for name, label in ((f"convserve_kv_{ours}", ""), (f"vllm:kv_{vllm}", "|engine=0")):
+            found = [
+                after[f"{name}_seconds_bucket{label}|le={edge}|model_name=tiny"]
+                for edge in ("1.0", "2.0", "+Inf")
+            ]
+            assert found == counts, name
+            assert after[f"{name}_seconds_sum{label}|model_name=tiny"] == seconds
     for name, value in {
+        "gpu_idle_seconds_total": 1.5,
         "conv_slots_used": 3, "conv_slots_total": 4, "steps_total": 9, "replayed_tokens_total": 9,
         "kv_pages_used": 16, "kv_pages_kept": 8, "kv_pages_free": 40, "kv_pages_total": 64,
         "conv_tails_stored": 4, "conv_tails_total": 5, "conv_tails_evicted_total": 3,
@@ -174,7 +207,11 @@ async def test_every_step_is_counted_between_two_scrapes(connect: Callable[..., 
     async with connect(engine) as client:
         for steps, rows in ((1, 100), (2, 3), (2, 3), (3, 3)):
             engine.totals = EngineStats(
-                steps=steps, step_tokens=rows, step_seconds=0.001, scheduler_seconds=0.0001
+                steps=steps,
+                step_tokens=rows,
+                step_sequences=3,
+                step_seconds=0.001,
+                scheduler_seconds=0.0001,
             )
             engine.step()
         found = await scrape(client)
@@ -184,7 +221,10 @@ async def test_every_step_is_counted_between_two_scrapes(connect: Callable[..., 
     ):  # fmt: skip
         assert found[f"{name}_count|{label}"] == 3
         assert found[f"{name}_sum|{label}"] == 106
-    assert found[f"convserve_step_duration_seconds_sum|{ours}"] == pytest.approx(0.003)
+    assert found[f"convserve_step_batch_size_sum|{ours}"] == 9
+    for kind, seconds in (("decode", 0.002), ("mixed", 0.001)):
+        name = f"convserve_step_duration_seconds_sum|kind={kind}|{ours}"
+        assert found[name] == pytest.approx(seconds)
     assert found[f"convserve_step_scheduler_seconds_sum|{ours}"] == pytest.approx(0.0003)
 
 

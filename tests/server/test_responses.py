@@ -146,7 +146,7 @@ BAD: list[tuple[str, Any]] = [
     # known and not supported: refused, never ignored
     ("background", True),
     ("conversation", "conv_1"),
-    ("include", ["message.output_text.logprobs"]),
+    ("include[0]", ["reasoning.encrypted_content"]),
     ("max_tool_calls", 3),
     ("previous_response_id", "resp_1"),
     ("prompt", {"id": "p"}),
@@ -248,3 +248,25 @@ async def test_openais_client(openai_client: Callable[..., openai.AsyncOpenAI]) 
         assert kinds[0] == "response.created"
         assert kinds[-1] == "response.completed"
         assert final.output_text == "hello"
+
+
+async def test_logprobs_of_the_text(connect: Callable[..., Any]) -> None:
+    async with connect(FakeEngine("h\u20ac")) as client:
+        include = ["message.output_text.logprobs"]
+        asked = {"input": "a", "include": include, "top_logprobs": 2}
+        reply = (await client.post(PATH, json=asked)).json()
+        streamed = events((await client.post(PATH, json={**asked, "stream": True})).content)
+        bare = (await client.post(PATH, json={"input": "a", "include": include})).json()
+    [part] = reply["output"][0]["content"]
+    assert reply["top_logprobs"] == 2
+    told = [bytes(entry["bytes"]) for entry in part["logprobs"]]
+    assert told == [b"h", b"\xe2", b"\x82", b"\xac", b"<|eos|>"]
+    assert [len(entry["top_logprobs"]) for entry in part["logprobs"]] == [2] * 5
+    assert part["logprobs"][0]["logprob"] == -0.5
+    deltas = [e for e in streamed if e["type"] == "response.output_text.delta"]
+    assert [entry for delta in deltas for entry in delta["logprobs"]] == part["logprobs"]
+    assert "".join(delta["delta"] for delta in deltas) == part["text"] == "h\u20ac"
+    [done] = [e for e in streamed if e["type"] == "response.output_text.done"]
+    assert done["logprobs"] == part["logprobs"]
+    assert streamed[-1]["response"]["output"][0]["content"] == [part]
+    assert [e["top_logprobs"] for e in bare["output"][0]["content"][0]["logprobs"]] == [[]] * 5

@@ -291,3 +291,36 @@ async def test_whatever_happens_each_reply_ends_exactly_once(
     await asyncio.wait_for(call.task, WAIT)
     assert engine.live == 0
     assert app.state.service.lifecycle.live == 0
+
+
+@pytest.mark.parametrize("usage", [{}, {"stream_options": {"include_usage": True}}])
+@pytest.mark.parametrize(
+    ("path", "ask"),
+    [
+        ("/v1/completions", {"prompt": "a"}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}]}),
+    ],
+)
+async def test_every_chunk_says_the_same_around_its_text(
+    connect: Callable[..., Any], path: str, ask: dict[str, Any], usage: dict[str, Any]
+) -> None:
+    said = 'a "text":"" \\ \n "content":"" \u20ac'
+    name = '"text":"" "content":""\\'  # a client's or an operator's text must not be taken for ours
+    async with connect(FakeEngine(said), model_names=(name,)) as client:
+        body = {**ask, **usage, "n": 2, "max_tokens": 99, "stream": True}
+        streamed = (await client.post(path, json=body)).content
+    chunks = [chunk for chunk in events(streamed)[:-1] if chunk["choices"]]
+    texts = ["", ""]
+    heads: set[str] = set()
+    for chunk in chunks:
+        [choice] = chunk["choices"]
+        delta = choice.get("delta", choice)
+        texts[choice["index"]] += delta.get("text", delta.get("content", ""))
+        is_plain = choice["finish_reason"] is None and "role" not in delta
+        delta["text" if "text" in delta else "content"] = ""
+        if is_plain and choice["index"] == 0:
+            heads.add(json.dumps(chunk))
+    assert texts == [said, said]
+    assert len(heads) == 1
+    assert ("usage" in chunks[1]) == bool(usage)
+    assert all(chunk["model"] == name for chunk in chunks)
