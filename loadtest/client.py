@@ -283,6 +283,7 @@ class Answer:
         stamps = [stamp - origin for stamp in sink.chunk_stamps]
         if sink.first_byte is not None:
             record.first_byte = sink.first_byte - origin
+            record.last_byte = self.free
         if stamps:
             record.first_token, record.last_token = stamps[0], stamps[-1]
         record.finish_reason = sink.finish_reason

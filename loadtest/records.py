@@ -72,6 +72,9 @@ class RequestRecord(msgspec.Struct, kw_only=True, omit_defaults=True):
     first_token: float | None = None
     last_token: float | None = None
     end: float
+    last_byte: float | None = None
+    """When the HTTP message was complete, a little after what ended the answer: from then on its
+    user may ask again."""
     outcome: Outcome = "ok"
     status: int | None = None
     message: str | None = None

@@ -1,18 +1,26 @@
 """How far `convserve loadtest` is from the truth, which is the log of a mock server.
 
-    chrt -f 10 python tests/helpers/load_truth.py [--requests 48] [--rounds 3]
+    chrt -f 10 python tests/helpers/load_truth.py [--awake] [--requests 48] [--rounds 3]
 
 The truth of a request is what the server saw: from its read of the request to its write of the
 first chunk, from write to write, and from the read to the write of the last chunk. What a client
 reports beyond that is its own lateness and the way through two sockets in each direction. Every
 case runs several rounds; the table gives the median round of each figure, in ms.
+
+A core that has slept for some milliseconds takes up to a fifth of one to wake up, which is in every
+one of the four ways. `--awake` keeps a process of the lowest priority on each core, as a machine
+booted with `idle=poll` would be; what is left is the client's and the sockets'.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
+import os
 import statistics
+import subprocess
+import sys
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -22,6 +30,8 @@ from convserve.loadtest.scenario import make_scenario
 from mocked import Mock, running_mock
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from convserve.loadtest.result import Result
 
 TOKENS, USERS = 12, 4
@@ -91,15 +101,41 @@ def measure(
     return {key: (known[key], told[key]) for key in FIGURES}, gap, result.audit.valid
 
 
+SPIN = """
+import os, sys
+os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+os.sched_setaffinity(0, {int(sys.argv[1])})
+while os.getppid() == int(sys.argv[2]):
+    for _ in range(1_000_000):
+        pass
+"""
+
+
+@contextlib.contextmanager
+def kept_awake() -> Iterator[None]:
+    """No core sleeps: where nobody else wants one, a process spins."""
+    cores = sorted(os.sched_getaffinity(0))
+    command = [sys.executable, "-c", SPIN]
+    spinners = [subprocess.Popen([*command, str(core), str(os.getpid())]) for core in cores]
+    try:
+        yield
+    finally:
+        for spinner in spinners:
+            spinner.kill()
+            spinner.wait()
+
+
 def main() -> None:
     """Reads the arguments, prints the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--requests", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--awake", action="store_true", help="let no core sleep")
     args = parser.parse_args()
     print(f"{'delays':12} {'loop':6} " + "".join(f"{f} {p}".center(26) for f, p in FIGURES)  # noqa: T201
           + "send gap  client")  # fmt: skip
-    with running_mock() as mock:
+    awake = kept_awake() if args.awake else contextlib.nullcontext()
+    with awake, running_mock() as mock:
         for case in CASES:
             for closed in (True, False):
                 rounds = [measure(mock, case, closed, args.requests) for _ in range(args.rounds)]
