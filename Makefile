@@ -43,8 +43,9 @@ $(INSTALLED): pyproject.toml constraints.txt Makefile
 serve: env
 	$(BIN)/convserve serve $(MODEL) $(ARGS)
 
+# Two processes, a thread each: most of the time is Python's.
 test: env
-	$(PYTEST)
+	OMP_NUM_THREADS=1 $(PYTEST) --numprocesses 2 --dist loadfile
 
 # The same kernel tests, on the device instead of Triton's interpreter, those of captured graphs, and
 # the engine's.
