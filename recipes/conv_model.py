@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from convserve.engine.models import ModelConfig, ModelError
 from convserve.engine.models.checkpoint import CheckpointReader
 from convserve.engine.models.config import ExpertsConfig, parse_config
+from convserve.engine.models.families import FAMILIES
+from convserve.engine.models.mixers import Attention
 from convserve.engine.models.rope import rope_table
 from safetensors.torch import save_file
 from sites import HeadwiseConv, Linear, LoRA, LowRankConv, StaticConv
@@ -23,8 +25,8 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from pathlib import Path
 
-Kind = Literal["none", "static", "headwise", "lowrank", "lora"]
-KINDS: tuple[Kind, ...] = ("none", "static", "headwise", "lowrank", "lora")
+Kind = Literal["none", "static", "headwise", "lowrank"]
+KINDS: tuple[Kind, ...] = ("none", "static", "headwise", "lowrank")
 PLACES = ("q", "k", "v", "o", "gate", "up", "down")
 ATTENTION_PLACES = PLACES[:4]
 
@@ -117,10 +119,14 @@ class Layer(nn.Module):
                 site = LowRankConv(outputs, inputs, width, size)
             elif kind == "headwise":
                 site = HeadwiseConv(outputs, inputs, width, size)
-            elif kind == "lora":
-                name, site = f"lora_{place}", LoRA(outputs, inputs, size)
             if site is not None:
                 self._block(place).add_module(name, site)
+
+    def add_lora(self, placement: list[str], rank: int) -> None:
+        """Adds a weight update of this rank to projections, before their convolutions."""
+        for place in placement:
+            outputs, inputs = self.shapes[place]
+            self._block(place).add_module(f"lora_{place}", LoRA(outputs, inputs, rank))
 
     def forward(self, x: Tensor, rope: Tensor, sites: bool = True) -> tuple[Tensor, Tensor | None]:
         """x [B, T, hidden] to (x, unevenness of the experts if there are any)."""
@@ -148,7 +154,7 @@ class Layer(nn.Module):
         block = self._block(place)
         y = getattr(block, f"{place}_proj")(g)
         if sites:
-            for name in (f"dynamic_conv_{place}", f"{place}_conv1d", f"lora_{place}"):
+            for name in (f"lora_{place}", f"dynamic_conv_{place}", f"{place}_conv1d"):
                 if hasattr(block, name):
                     y = getattr(block, name)(y, g)
         return y
@@ -206,22 +212,27 @@ class ConvModel(nn.Module):
             self.add_sites(conv.kind, list(conv.placement), conv.width, size)
 
     def add_sites(self, kind: Kind, placement: list[str], width: int, size: int) -> None:
-        """Adds sites to every layer, starting as the identity."""
+        """Adds convolutions to every layer, starting as the identity."""
         if self.kind != "none":
             raise ModelError(f"this model has {self.kind} sites already")
         if self.config.experts is not None and not set(placement) <= set(ATTENTION_PLACES):
             raise ModelError("gate, up and down have no sequence inside experts")
         self.kind = kind
+        if kind == "none":
+            return
         for layer in self.model.layers:
             layer.add_sites(kind, placement, width, size)  # pyright: ignore[reportCallIssue]
-        if kind in ("none", "lora"):
-            return
         conv: dict[str, Any] = {"kind": kind, "width": width, "placement": placement}
         if kind != "static":
             conv["rank" if kind == "lowrank" else "head_size"] = size
         qk_norm = self.config.qk_norm
         self.raw = {**self.raw, "model_type": "dynconv", "qk_norm": qk_norm, "conv": conv}
         self.raw["architectures"] = ["DynConvForCausalLM"]
+
+    def add_lora(self, placement: list[str], rank: int) -> None:
+        """Adds weight updates of this rank to every layer, starting at zero."""
+        for layer in self.model.layers:
+            layer.add_lora(placement, rank)  # pyright: ignore[reportCallIssue]
 
     def site_parameters(self) -> dict[str, nn.Parameter]:
         """Parameters of the sites, by checkpoint name."""
@@ -259,7 +270,6 @@ class ConvModel(nn.Module):
                 update = site.up.weight.float() @ site.down.weight.float()
                 weight.copy_((weight.float() + update).to(weight.dtype))
                 delattr(self.get_submodule(block), name)
-        self.kind = "none"
 
 
 def load(folder: Path) -> ConvModel:
@@ -294,8 +304,10 @@ def save(model: ConvModel, folder: Path, dtype: torch.dtype = torch.bfloat16) ->
 
 def _refuse(c: ModelConfig) -> None:
     conv = c.conv
-    if any(c.windows):
-        raise ModelError("the recipes train models without sliding windows only")
+    if c.model_type in FAMILIES:
+        raise ModelError(f"the recipes train Llama-shaped models only, not {c.model_type}")
+    if any(mixer != Attention() for mixer in c.mixers):
+        raise ModelError("the recipes train models of full attention in every layer only")
     if c.experts is not None and c.experts.shared_width:
         raise ModelError("the recipes train experts without a shared one only")
     if conv is None:

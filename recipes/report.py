@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from runs import FASTER, MIXTURES, PLACES, RECALL_KINDS, RETROFIT, SCRATCH, WIDTHS
+from runs import FASTER, LONGER, MIXTURES, PLACES, RECALL_KINDS, RETROFIT, SCRATCH, TOGETHER, WIDTHS
 
 Rows = list[dict[str, float]]
 
@@ -62,14 +62,16 @@ def retrofits(study: Path, plots: Path) -> None:
         rows = [[n, f"{r['tokens'] / 1e6:.1f}M", f"{r['after']['held-out']:.3f}"]
                 for n, r in trials.items()]  # fmt: skip
         table(["trial", "tokens", "held-out perplexity"], rows)
-    runs = {kind: results(study / "retrofit" / kind, "*/result.json") for kind in RETROFIT}
+    folders = [p for p in (study / "retrofit").iterdir() if not p.name.startswith("trial-")]
+    order = [*RETROFIT, *TOGETHER, *sorted(p.name for p in folders)]
+    runs = {kind: results(study / "retrofit" / kind, "*/result.json") for kind in order}
     runs = {kind: found for kind, found in runs.items() if found}
     if not runs:
         return
     names = list(next(iter(runs.values()))[0]["after"])
     kept = study / "base.json"
     base = json.loads(kept.read_text()) if kept.exists() else {}
-    rows = [["base", "", "", *(f"{base[n]:.3f}" for n in names if n in base)]]
+    rows = [["base", "", "", *(f"{base[n]:.3f}" if n in base else "" for n in names), ""]]
     for kind, found in runs.items():
         cells = []
         for name in names:
@@ -77,10 +79,12 @@ def retrofits(study: Path, plots: Path) -> None:
             change = f", {mean(values) / base[name] - 1:+.1%}" if name in base else ""
             cells.append(spread(values, 3) + change)
         rate = found[0]["arguments"]["lr"]
+        log = study / "retrofit" / kind / "0" / "served.log"
         rows.append([f"{kind} [{len(found)}]", f"{found[0]['trained'] / 1e6:.2f}M", f"{rate:g}",
-                     *cells])  # fmt: skip
-    table(["kind [seeds]", "trained", "rate", *names], rows)
-    paths = {k: study / "retrofit" / k / "0" / "curve.csv" for k in (*RETROFIT, "shipped")}
+                     *cells, served(log)])  # fmt: skip
+    head = ["kind [seeds]", "trained", "rate", *names, "engine less trainer, nats"]
+    table(head, rows)
+    paths = {k: study / "retrofit" / k / "0" / "curve.csv" for k in order}
     curves = {k: read_rows(path) for k, path in paths.items() if path.exists()}
     plot_curves(curves, plots / "retrofit.png", "Retrofits of one base, first seed")
 
@@ -88,7 +92,7 @@ def retrofits(study: Path, plots: Path) -> None:
 def scratches(study: Path, plots: Path) -> None:
     """Perplexity by kind, against tokens and against time; widths."""
     folder = study / "scratch"
-    names = [*SCRATCH, "none-as-long-as-all", *MIXTURES, *FASTER, *PLACES, *WIDTHS]
+    names = [*SCRATCH, *LONGER.values(), *MIXTURES, *FASTER, *PLACES, *WIDTHS]
     found = {name: results(folder / name, "*/*/result.json") for name in names}
     found = {name: runs for name, runs in found.items() if runs}
     kept = study / "pace.json"
@@ -109,10 +113,11 @@ def scratches(study: Path, plots: Path) -> None:
     table([*head, "engine less trainer, nats"], rows)
     curves = {
         name: read_rows(folder / name / "0" / "seed-0" / "curve.csv")
-        for name in (*SCRATCH, "none-as-long-as-all")
+        for name in (*SCRATCH, *LONGER.values())
         if (folder / name / "0" / "seed-0" / "curve.csv").exists()
     }
-    plot_curves(curves, plots / "from-scratch.png", "From scratch, first seed")
+    tokens = {n: c for n, c in curves.items() if n in (*SCRATCH, LONGER["none"])}
+    plot_curves(tokens, plots / "from-scratch.png", "From scratch, first seed")
     if pace:
         timed = {n: c for n, c in curves.items() if n.removesuffix("-as-long-as-all") in pace}
         for name, run in timed.items():

@@ -5,7 +5,8 @@
 The filters start as the identity, so training starts at the base's own quality. By default the base
 stays as it is, only the convolutions train, and OUT is an *adapter*: `convserve serve BASE
 --conv-adapter OUT`. `--weights all` trains everything and writes a whole folder; so does `--whole`.
-`--kind lora` is the control without convolutions, merged into a whole folder.
+`--lora` trains a low-rank weight update too, or with `--kind none` alone: the control without
+convolutions. It is merged and the whole folder written.
 
 With `--anchor`, a share of each batch is text (such as the base's own, see sample.py) on which the
 model is held to the base's predictions instead of to the text: what it should not forget.
@@ -57,6 +58,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--placement", nargs="+", choices=PLACES, default=["q", "k", "v"])
     parser.add_argument("--width", type=int, default=4)
     parser.add_argument("--size", type=int, default=15, help="rank, or channels sharing a filter")
+    parser.add_argument("--lora", type=int, default=0, help="rank of a weight update")
     parser.add_argument("--weights", choices=("sites", "all"), default="sites")
     parser.add_argument("--whole", action="store_true", help="write a whole folder too")
     parser.add_argument("--steps", type=int, default=1000)
@@ -78,6 +80,8 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     model = load(args.base)
     model.add_sites(args.kind, args.placement, args.width, args.size)
+    if args.lora:
+        model.add_lora(args.placement, args.lora)
     sites = model.site_parameters()
     if args.weights == "sites":
         for name, parameter in model.named_parameters():
@@ -103,6 +107,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         warmup=min(30, max(args.steps // 10, 1)),
         seed=args.seed,
         seconds=args.seconds,
+        save_every=200,
     )
     windows = Windows(read_ids(args.train, device), args.length, args.seed)
     anchors = None
@@ -110,6 +115,8 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         anchors = Windows(read_ids(args.anchor, device), args.length, args.seed + 1)
     loss_of = make_loss(model, windows, anchors, args, dtype)
     trained = [p for p in model.parameters() if p.requires_grad]
+    if not trained:
+        raise SystemExit("nothing to train: --kind none needs --lora or --weights all")
     first = next(iter(held), None)
     figures = train(
         model,
@@ -120,10 +127,11 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         args.out,
         None if first is None else lambda: mean_loss(model, held[first], 512, 32, dtype),
     )
+    size = sum(p.numel() for p in trained)
     round_to(torch.bfloat16, trained)
+    model.merge_lora()
     after = perplexities()
     write(model, args)
-    size = sum(p.numel() for p in trained)
     write_result(
         args.out, **figures, trained=size, before=before, after=after, arguments=vars(args)
     )
@@ -160,14 +168,12 @@ def make_loss(
 
 
 def write(model: ConvModel, args: argparse.Namespace) -> None:
-    """The adapter, or the whole folder with the base's tokenizer."""
-    if args.weights == "sites" and args.kind != "lora":
+    """The adapter, or the whole folder with the base's tokenizer; a LoRA has been merged."""
+    if args.weights == "sites" and not args.lora:
         sites = {name: p.detach() for name, p in model.site_parameters().items()}
         write_adapter(args.out, args.base, model.raw["conv"], sites)
         if not args.whole:
             return
-    if args.kind == "lora":
-        model.merge_lora()
     folder = args.out / "model"
     save(model, folder)
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):

@@ -44,7 +44,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--eval", action="append", default=[], help="NAME=FILE.npy; repeat")
     parser.add_argument("--eval-windows", type=int, default=256)
-    parser.add_argument("--kind", choices=KINDS[:-1], default="lowrank")
+    parser.add_argument("--kind", choices=KINDS, default="lowrank")
     parser.add_argument("--placement", nargs="+", choices=PLACES, default=["q", "k", "v"])
     parser.add_argument("--width", type=int, default=4)
     parser.add_argument("--size", type=int, default=16, help="rank, or channels sharing a filter")

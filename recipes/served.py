@@ -62,17 +62,17 @@ def load_with(folder: Path, adapter: Path | None) -> ConvModel:
     return model
 
 
-def engine(args: argparse.Namespace, model: str) -> LLM:
-    """The engine with this model."""
+def engine(model: str, device: str, dtype: str, sequences: int) -> LLM:
+    """The engine with this model, for so many sequences at once."""
     folder, adapter = split(model)
     return LLM(
         folder,
         conv_adapter=adapter,
-        device=args.device,
-        dtype=args.dtype,
-        memory="256MiB",
+        device=device,
+        dtype=dtype,
+        memory="256MiB" if device == "cpu" else "1GiB",
         max_model_len=1024,
-        max_num_seqs=max(args.streams),
+        max_num_seqs=sequences,
         prefix_caching=False,
     )
 
@@ -85,41 +85,45 @@ def compare(args: argparse.Namespace, model: str) -> dict[str, float]:
     trainer = mean_loss(trained, ids, args.length, args.windows, dtype)
     tokens = np.load(args.ids).astype(int)
     starts = torch.linspace(0, len(tokens) - args.length - 1, args.windows).long().tolist()
-    rows = engine(args, model).score([tokens[s : s + args.length + 1].tolist() for s in starts])
+    llm = engine(model, args.device, args.dtype, 16)
+    rows = llm.score([tokens[s : s + args.length + 1].tolist() for s in starts])
     served = -float(np.mean([p for row in rows for p in row if p is not None]))
     return {"trainer": trainer, "engine": served, "difference": served - trainer}
 
 
-def speeds(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Tokens per second of each model: its best round, and the median ratio to the first's."""
-    llms = [engine(args, model) for model in args.models]
-    tokens = np.load(args.ids).astype(int)
-    cases = {f"decode, {n}": n for n in args.streams} | {"prefill, 1": 0}
-    found = {name: [[] for _ in llms] for name in cases}
-    for repeat in range(args.rounds + 1):
-        for name, count in cases.items():
-            starts = [repeat * 997 + i * 613 for i in range(max(count, 1))]
+def speeds(
+    llms: dict[str, LLM], tokens: np.ndarray, streams: list[int], new_tokens: int, rounds: int
+) -> list[dict[str, Any]]:
+    """Tokens per second of engines in turn: best round, and the median ratio to the first engine's.
+
+    Args:
+        tokens: ids that prompts are cut from.
+        streams: sequences at once, one case each.
+    """
+    cases = [f"{what}, {count}" for count in streams for what in ("prefill", "decode")]
+    found: dict[str, dict[str, list[float]]] = {name: {c: [] for c in cases} for name in llms}
+    for repeat in range(rounds + 1):
+        for count in streams:
+            starts = [(repeat * 997 + i * 613) % (len(tokens) - PROMPT) for i in range(count)]
             prompts = [tokens[s : s + PROMPT].tolist() for s in starts]
-            for llm, rates in zip(llms, found[name], strict=True):
+            for name, llm in llms.items():
                 first = _seconds(llm, prompts, 1)
-                rate = PROMPT / first
-                if count:
-                    more = _seconds(llm, prompts, 1 + args.new_tokens) - first
-                    rate = count * args.new_tokens / max(more, 1e-9)
+                more = max(_seconds(llm, prompts, 1 + new_tokens) - first, 1e-9)
                 if repeat:  # the first round warms up
-                    rates.append(rate)
+                    found[name][f"prefill, {count}"].append(count * PROMPT / first)
+                    found[name][f"decode, {count}"].append(count * new_tokens / more)
+    base = next(iter(found.values()))
+
+    def ratio(rates: dict[str, list[float]], case: str) -> float:
+        return round(median(a / b for a, b in zip(rates[case], base[case], strict=True)), 3)
+
     return [
         {
-            "model": model,
-            **{name: round(max(rates[i]), 1) for name, rates in found.items()},
-            **{
-                f"{name}, of the first": round(
-                    median(a / b for a, b in zip(rates[i], rates[0], strict=True)), 3
-                )
-                for name, rates in found.items()
-            },
+            "model": name,
+            **{case: round(max(rates[case]), 1) for case in cases},
+            **{f"{case}, of the first": ratio(rates, case) for case in cases},
         }
-        for i, model in enumerate(args.models)
+        for name, rates in found.items()
     ]
 
 
@@ -135,7 +139,9 @@ def main(args: argparse.Namespace) -> None:
         for model in args.models:
             print(json.dumps({"model": model, **compare(args, model)}), flush=True)
     if args.rounds:
-        for row in speeds(args):
+        llms = {m: engine(m, args.device, args.dtype, max(args.streams)) for m in args.models}
+        tokens = np.load(args.ids).astype(int)
+        for row in speeds(llms, tokens, args.streams, args.new_tokens, args.rounds):
             print(json.dumps(row), flush=True)
 
 

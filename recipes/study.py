@@ -5,8 +5,9 @@
     python recipes/study.py OUT --part retrofit --base FOLDER --corpus corpus --own own-text
 
 Runs wait in one queue for the GPU and one for the CPU, most wanted first; a run that could not end
-in time is not begun. What has been trained is scored again by the engine. After each run OUT is
-packed anew into a few archives, so that a stop at any moment leaves what has been done.
+in time is not begun, unless `--cut` says that it may go on another time. What has been trained is
+scored again by the engine. After each run OUT is packed anew into a few archives, so that a stop at
+any moment leaves what has been done; the same command then does the rest.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from runs import Run, recall_runs, retrofit_runs, scratch_runs, served_run
 HERE = Path(__file__).parent
 ARCHIVES = {
     "figures": ("**/result.json", "**/curve.csv", "**/*.log", "**/recall.csv"),
-    "adapters": ("retrofit/static/0/adapter.*", "retrofit/headwise/0/adapter.*"),
+    "adapters": ("retrofit/[!t]*/0/adapter.*",),
 }
 
 
@@ -39,12 +40,11 @@ class Study:
         self.end = time.monotonic() + args.seconds
         self.gpu: deque[Run] = deque()
         self.cpu: deque[Run] = deque()
-        if "scratch" in args.part:
-            self.gpu += scratch_runs(args)
-        if "recall" in args.part:
-            self.cpu += recall_runs(args)
-        if "retrofit" in args.part:
-            self.gpu += retrofit_runs(args)
+        for part in args.part:
+            if part == "recall":
+                self.cpu += recall_runs(args)
+            else:
+                self.gpu += scratch_runs(args) if part == "scratch" else retrofit_runs(args)
         self.again: deque[Run] = deque()
         """What has been trained, to be scored by the engine."""
         self.done = {run.name: threading.Event() for run in (*self.gpu, *self.cpu)}
@@ -66,12 +66,15 @@ class Study:
 
     def _train(self) -> None:
         while (run := self._next(self.gpu)) is not None:
-            if self._begin(run) and (again := served_run(run, self.args)) is not None:
+            done = self._is_done(run) or self._begin(run)
+            again = served_run(run, self.args) if done else None
+            if again is not None and not self._is_done(again):
                 self.again.append(again)
 
     def _recall(self) -> None:
         while (run := self._next(self.cpu)) is not None:
-            self._begin(run)
+            if not self._is_done(run):
+                self._begin(run)
 
     def _score(self) -> None:
         while self.training or self.again:
@@ -84,11 +87,20 @@ class Study:
         with self._lock:
             return queue.popleft() if queue else None
 
+    def _is_done(self, run: Run) -> bool:
+        """Whether it ended well some time."""
+        if found := self._mark_of(run).exists():
+            self._mark(run)
+        return found
+
+    def _mark_of(self, run: Run) -> Path:
+        return self.args.work / run.name / f"{run.script}.done"
+
     def _begin(self, run: Run) -> bool:
         """Runs it to its end; whether it was done."""
         rate = self.best_rate(run)
         left = self.end - time.monotonic()
-        if left < run.least:
+        if left < (min(run.least, 40) if self.args.cut else run.least):
             self._tell(f"{run.name}: not begun, {left:.0f} s left")
             self._mark(run)
             return False
@@ -108,6 +120,8 @@ class Study:
         at = f" at {rate}" if rate else ""
         took = time.monotonic() - begun
         self._tell(f"{run.name} {run.script}{at}: {code} after {took:.0f} s")
+        if code == "0":
+            self._mark_of(run).touch()
         self._mark(run)
         with self._lock:
             pack(self.args.work, self.args.out)
@@ -156,6 +170,7 @@ def arguments() -> argparse.ArgumentParser:
     )
     parser.add_argument("--work", type=Path, default=Path("study"), help="where runs write")
     parser.add_argument("--seconds", type=float, default=540)
+    parser.add_argument("--cut", action="store_true", help="begin runs that cannot end in time")
     parser.add_argument("--gpu-workers", type=int, default=4)
     parser.add_argument("--cpu-workers", type=int, default=8)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -169,8 +184,12 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--tokenizer", type=Path, default=Path("tokenizer-4096.json"))
     parser.add_argument("--scratch-steps", type=int, default=1000)
     parser.add_argument("--scratch-rate", default="1e-3")
-    parser.add_argument("--longer", type=float, default=2.1, help="steps of the plain model that "
-                        "take as long as one of the model convolved everywhere")  # fmt: skip
+    parser.add_argument(
+        "--longer",
+        nargs="*",
+        default=["none=2.1"],
+        help="KIND=FACTOR: so many times the steps take as long as the model convolved everywhere",
+    )
     return parser
 
 

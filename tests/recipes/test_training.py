@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import tarfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pace
 import pytest
 import recall
 import retrofit
@@ -21,6 +23,7 @@ import torch
 from conv_model import PLACES, ConvModel, load, save
 from convserve.engine import LLM
 from convserve.engine.models import ModelError
+from golden import GOLDEN
 from loop import Plan, Windows, head_loss, head_of, mean_loss, read_ids, train
 from tiny_models import config_of, naive_logits, write_model
 
@@ -89,6 +92,12 @@ def test_the_model_is_the_definition(variant: str, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("family", ["hf_lfm2", "hf_mamba2", "hf_qwen3_next", "jet_nemotron_tiny"])
+def test_other_families_are_refused_by_name(family: str) -> None:
+    with pytest.raises(ModelError, match="Llama-shaped models only, not"):
+        load(GOLDEN / "models" / family)
+
+
 @pytest.mark.parametrize("variant", ["block norm", "some layers", "silu and scale"])
 def test_what_is_not_trained_is_refused(variant: str, tmp_path: Path) -> None:
     write_model(tmp_path, config_of(variant))
@@ -141,7 +150,11 @@ def test_an_adapter_starts_as_the_base_and_is_served_with_the_trainers_loss(
 def test_a_lora_is_merged_and_all_weights_make_a_whole_folder(
     base: Path, ids: Path, tmp_path: Path
 ) -> None:
-    for flags in ("--kind lora", "--kind lowrank --weights all"):
+    for flags in (
+        "--kind none --lora 4",
+        "--kind lowrank --lora 2",
+        "--kind lowrank --weights all",
+    ):
         after = retrofitted(base, tmp_path, ids, f"{flags} --steps 10")
         served = served_loss(tmp_path / "model", ids, 7, 512)
         assert served == pytest.approx(math.log(after["held"]), abs=2e-3), flags
@@ -225,7 +238,8 @@ def test_the_study_goes_on_at_the_rate_of_the_best_trial_and_keeps_what_is_done(
     flags = f"{tmp_path / 'out'} --part retrofit --work {tmp_path / 'work'} --seconds 1"
     whole = study.Study(study.arguments().parse_args(flags.split()))
     [run] = [r for r in whole.gpu if r.name == "retrofit/lora/0"]
-    for name, loss, rate in zip(run.trials, (9.2, 9.1), (1e-3, 2e-3), strict=True):
+    losses, rates = (9.2, 9.1, 9.3, 9.4), (1e-3, 2e-3, 4e-3, 8e-3)
+    for name, loss, rate in zip(run.trials, losses, rates, strict=True):
         whole.done[name].set()
         folder = whole.args.work / name
         folder.mkdir(parents=True)
@@ -237,3 +251,34 @@ def test_the_study_goes_on_at_the_rate_of_the_best_trial_and_keeps_what_is_done(
         assert archive.getnames() == [f"{name}/result.json" for name in run.trials]
     whole.run()  # no run could end in a second, so none is begun
     assert not (whole.args.work / run.name).exists()
+
+
+def test_a_study_that_is_started_again_does_not_train_again_what_is_done(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = f"{tmp_path / 'out'} --part scratch --work {tmp_path / 'work'} --seconds 1 --cut"
+    whole = study.Study(study.arguments().parse_args(flags.split()))
+    for run in whole.gpu:
+        for script in ("scratch", "served"):
+            mark = whole.args.work / run.name / f"{script}.done"
+            mark.parent.mkdir(parents=True, exist_ok=True)
+            mark.touch()
+    again = whole.gpu[0]
+    (whole.args.work / again.name / "scratch.done").unlink()
+    whole.run()
+    [line] = capsys.readouterr().out.splitlines()
+    assert "scratch/none/0: not begun" in line
+
+
+def test_every_kind_is_served_when_its_pace_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = "--vocab 64 --hidden 32 --layers 1 --heads 2 --inner 32"
+    words = [tmp_path / "out.json", "--engines", tmp_path, "--flags", flags, "--device", "cpu"]
+    words += ["--streams", "1", "2", "--new-tokens", "2", "--rounds", "1"]
+    monkeypatch.setattr(sys, "argv", ["pace.py", *map(str, words)])
+    pace.main()
+    groups = json.loads((tmp_path / "out.json").read_text())
+    assert [row["model"] for row in groups["small"]] == list(runs.SCRATCH)
+    assert [row["model"] for row in groups["experts"]] == list(runs.MIXTURES)
+    assert all(row["decode, 2"] > 0 for rows in groups.values() for row in rows)
