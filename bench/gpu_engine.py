@@ -95,9 +95,15 @@ def generating(model: Decoder, batch: int, context: int, **options: Any) -> Engi
     """An engine in which `batch` sequences have begun to generate, to be of that context on average
     over the next 120 steps."""
     core = core_of(model, batch, context + 192, prefix_caching=False, **options)
-    params = SamplingParams(temperature=0, max_tokens=192)
-    for i in range(batch):
-        core.add(GenerateRequest(request_id=str(i), prompt=prompt(context - 64), params=params))
+    # Prompts are computed in turn, and the earlier ones generate meanwhile: they are shorter.
+    lengths = [context - 64.0]
+    for others in range(batch - 1, 0, -1):
+        rate = core.limits.max_batch_tokens - others
+        lengths.append(lengths[-1] - lengths[-1] / rate)
+    for i, length in enumerate(reversed(lengths)):
+        tokens = prompt(round(length))
+        params = SamplingParams(temperature=0, max_tokens=context + 192 - len(tokens))
+        core.add(GenerateRequest(request_id=str(i), prompt=tokens, params=params))
     while core.stats().step_tokens != batch or core.stats().steps < 4:
         core.step()
     for _ in range(3):

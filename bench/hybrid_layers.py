@@ -199,7 +199,6 @@ class Layers:
             cells: dict[str, float | None] = {}
             shape = (count, 1) if rows == 1 else (1, total)
             q, k = (F.silu(t).view(*shape, key_heads, key) for t in (q, k))
-            q, k = (t.repeat_interleave(heads // key_heads, 2).contiguous() for t in (q, k))
             v = v.reshape(*shape, heads, value).contiguous()
             g = (parts.rate * F.softplus(a.float() + parts.dt_bias)).view(*shape, heads)
             beta = b.sigmoid().view(*shape, heads).contiguous()
@@ -243,9 +242,11 @@ class Layers:
             self.normal(value), 1e-5,
         )  # fmt: skip
         width = sum(parts.widths)
-        columns = self.normal(count * rows, width + heads * value + 2 * heads)
-        qkv, gate = columns[:, :width], columns[:, width:][:, : heads * value]
-        b, a = columns[:, -2 * heads :].chunk(2, dim=1)
+        # Rows of one linear layer's output, which is as wide as a multiple of 16.
+        gate_end = width + heads * value
+        columns = self.normal(count * rows, -(-(gate_end + 2 * heads) // 16) * 16)
+        qkv, gate = columns[:, :width], columns[:, width:gate_end]
+        b, a = columns[:, gate_end:][:, : 2 * heads].chunk(2, dim=1)
         shape = (count + 1, heads, key, value)
         sets = max(2, min(64, self.bytes // (4 * count * heads * key * value)))
         states = [self.normal(*shape, dtype=wide) for _ in range(sets)]

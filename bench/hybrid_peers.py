@@ -30,13 +30,58 @@ if TYPE_CHECKING:
 VARIABLE = "CONVSERVE_JET"
 
 
+LAUNCHES: dict[str, list[dict[str, int]]] = {
+    "chunk_local_cumsum_scalar_kernel": [{"num_warps": 4}],
+    "l2norm_fwd_kernel": [{"BT": 16, "num_warps": 4}],
+    "chunk_gated_delta_rule_fwd_kkt_solve_kernel": [
+        {"BK": 64, "num_warps": 1},
+        {"BK": 64, "num_warps": 4},
+    ],
+    "recompute_w_u_fwd_kernel": [{"num_warps": 4, "num_stages": 3}],
+    "chunk_gated_delta_rule_fwd_kernel_h_blockdim64": [
+        {"BV": 32, "num_warps": 4, "num_stages": 2},
+        {"BV": 64, "num_warps": 4, "num_stages": 3},
+    ],
+    "chunk_fwd_kernel_o": [
+        {"BK": 128, "BV": 128, "num_warps": 8},
+        {"BK": 64, "BV": 64, "num_warps": 4},
+    ],
+    "chunk_fwd_kernel_h": [{"BK": 64, "BV": 64, "num_warps": 4, "num_stages": 3}],
+    "fused_recurrent_fwd_kernel": [{"num_warps": 4}],
+}
+"""Launch shapes of fla's kernels to choose among; all of theirs take minutes to try."""
+
+
 def flash_linear_attention() -> Any | None:
-    """The module `fla.ops`, or None and a line that says why."""
+    """The module `fla.ops`, its kernels' launch shapes cut down; None and a line that says why."""
     try:
-        return importlib.import_module("fla.ops")
+        ops = importlib.import_module("fla.ops")
+        importlib.import_module("fla.modules")
     except ImportError as error:
         print(f"flash-linear-attention is not there ({error}): not compared", flush=True)
         return None
+    for name, module in list(sys.modules.items()):
+        if name.startswith("fla."):
+            for kernel in vars(module).values():
+                _cut_down(kernel)
+    return ops
+
+
+def _cut_down(kernel: Any) -> None:
+    """Leaves an autotuned kernel the shapes of `LAUNCHES`, or its first few where it is not in."""
+    while hasattr(kernel, "fn") and not hasattr(kernel, "configs"):
+        kernel = kernel.fn
+    if not isinstance(getattr(kernel, "configs", None), list):
+        return
+    wanted = LAUNCHES.get(kernel.base_fn.__name__, [{}])
+    chosen = [
+        next((c for c in kernel.configs if w.items() <= _options(c).items()), None) for w in wanted
+    ]
+    kernel.configs = [c for c in chosen if c is not None] or kernel.configs[:1]
+
+
+def _options(config: Any) -> dict[str, int]:
+    return {**config.kwargs, "num_warps": config.num_warps, "num_stages": config.num_stages}
 
 
 def jet_block(config: dict[str, Any]) -> torch.nn.Module | None:

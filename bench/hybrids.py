@@ -3,10 +3,11 @@
     python bench/hybrids.py [golden] [chain] [steps] [load] [profile] [--only NAME] [--counts 1 8]
 
 Needs no installation. Jet-Nemotron-2B and LFM2-1.2B are their published shapes with random weights.
-chain: the kernels of a step in a graph, without an engine around them. steps: the engine as it
-runs, with graphs for the measured sizes alone, prompts included. Floors are bytes over the
-bandwidth that a read reaches: weights once, keys and values that attention sees, recurrent state in
-and out, conv windows. `--tiny` shrinks the shapes, to try the script out where there is no GPU.
+chain: the kernels of a step in a graph, without an engine around them. profile: what each of them
+takes of it. steps: the engine as it runs, with graphs for the measured sizes alone, prompts
+included. Floors are bytes over the bandwidth that a read reaches: weights once, keys and values
+that attention sees, recurrent state in and out, conv windows. `--tiny` shrinks the shapes, to try
+the script out where there is no GPU.
 `hybrid_layers.py` has single layers, beside other people's kernels.
 """
 
@@ -20,7 +21,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import _import  # noqa: F401  (makes `convserve` importable)
 import torch
@@ -34,7 +35,15 @@ from convserve.engine.models.mixers import Attention
 from convserve.engine.resolve import Limits
 from convserve.kernels import FlatBatch, select_ops
 from convserve.kernels.triton_compile import compiling
-from hybrid_cases import BANDWIDTH, SHAPES, RandomReader, attempt, graph_times
+from hybrid_cases import (
+    BANDWIDTH,
+    SHAPES,
+    RandomReader,
+    attempt,
+    captured,
+    graph_times,
+    report_kernels,
+)
 from safetensors.torch import load_file
 
 if TYPE_CHECKING:
@@ -104,12 +113,12 @@ class Bench:
         with torch.inference_mode(), self.compiler():
             for shape in graphs.shapes(limits):
                 block = torch.zeros(shape.num_bytes, dtype=torch.uint8, device=self.device)
-                model.argmax(model.forward(shape.batch(block, state)))
+                model.ops.argmax(model.forward(shape.batch(block, state)))
         torch.cuda.synchronize()
 
-    def compiler(self) -> AbstractContextManager[None]:
+    def compiler(self) -> AbstractContextManager[bool]:
         """Compiles what runs inside."""
-        return compiling(self.compilers) if self.device.type == "cuda" else nullcontext()
+        return compiling() if self.device.type == "cuda" else nullcontext(False)
 
     def golden(self) -> None:
         """Greedy tokens of the golden checkpoints through the whole engine, cold and from cache."""
@@ -150,6 +159,12 @@ class Bench:
             attempt(f"chain {name}", lambda n=name: self._chain(n), 150)
 
     def _chain(self, name: str) -> None:
+        model, weights, batches = self.prepared(name)
+        for (count, context), batch in zip(self.cells, batches, strict=True):
+            attempt(name, partial(self._chain_cell, name, model, weights, count, context, batch))
+
+    def prepared(self, name: str) -> tuple[Decoder, int, list[ForwardBatch]]:
+        """A model, its bytes of weights, and a decode step of each cell, compiled."""
         started = time.perf_counter()
         model, weights = self.model(name)
         most, ring_len = max(self.counts), model.state_spec.ring_len()
@@ -164,23 +179,22 @@ class Bench:
         loaded = time.perf_counter()
         with torch.inference_mode(), self.compiler():
             for batch in batches:
-                model.argmax(model.forward(batch))
+                model.ops.argmax(model.forward(batch))
         compiled = time.perf_counter()
         print(
             f"{name}: loaded in {loaded - started:.1f} s, compiled in {compiled - loaded:.1f} s",
             flush=True,
         )
-        for (count, context), batch in zip(self.cells, batches, strict=True):
-            attempt(name, partial(self._chain_cell, name, model, weights, count, context, batch))
+        return model, weights, batches
 
     def _chain_cell(
         self, name: str, model: Decoder, weights: int, count: int, context: int, batch: ForwardBatch
     ) -> None:
         with torch.inference_mode():
             if self.device.type != "cuda":
-                model.argmax(model.forward(batch))
+                model.ops.argmax(model.forward(batch))
                 return
-            times = graph_times([lambda: model.argmax(model.forward(batch))], 30)
+            times = graph_times([lambda: model.ops.argmax(model.forward(batch))], 30)
         ms, floor = statistics.median(times) / 1e3, self.floor_ms(model, weights, count, context)
         print(
             f"chain {name:16} batch {count:3} context {context:6}: {ms:7.3f} ms "
@@ -216,13 +230,10 @@ class Bench:
 
     def steps(self) -> None:
         """Milliseconds of an engine's step while all sequences generate, by batch and context."""
-        for name in self.shapes:
-            attempt(f"steps {name}", lambda n=name: self._steps(n), 240)
-
-    def _steps(self, name: str) -> None:
-        model, weights = self.model(name)
-        for count, context in self.cells:
-            attempt(name, partial(self._steps_cell, name, model, weights, count, context), 90)
+        models = {name: self.model(name) for name in self.shapes}
+        for cell in self.cells:
+            for name, model in models.items():
+                attempt(name, partial(self._steps_cell, name, *model, *cell), 90)
 
     def _steps_cell(
         self, name: str, model: Decoder, weights: int, count: int, context: int
@@ -297,31 +308,17 @@ class Bench:
         print(f"load {name:16} {count} x ({prompt} + {output}): {text} output tok/s", flush=True)
 
     def profile(self) -> None:
-        """Which kernels a step is made of."""
+        """Which kernels the chain of a step is made of."""
         for name in self.shapes:
-            for count in self.counts[:2]:
-                attempt(f"profile {name}", lambda n=name, c=count: self._profile(n, c))
+            attempt(f"profile {name}", lambda n=name: self._profile(n), 150)
 
-    def _profile(self, name: str, count: int) -> None:
-        model, _ = self.model(name)
-        core = self.core(model, count, count * 1024, 1024, 0)
-        self._begin(core, count, 40 if self.tiny else 768, 200)
-        turns = 10
-        kinds = [torch.profiler.ProfilerActivity.CPU]
-        if self.device.type == "cuda":
-            kinds = [torch.profiler.ProfilerActivity.CUDA]
-        with torch.profiler.profile(activities=kinds) as trace:
-            self._window(core, turns - 1)
-        totals = trace.key_averages()
-
-        def cost(event: Any) -> float:
-            is_cuda = self.device.type == "cuda"
-            return event.self_device_time_total if is_cuda else event.self_cpu_time_total
-
-        print(f"profile {name} batch {count}: us of a step, calls, kernel")
-        for event in sorted(totals, key=cost, reverse=True)[:14]:
-            each = f"{cost(event) / turns:9.1f} {event.count / turns:7.1f}"
-            print(f"  {each}  {event.key[:70]}", flush=True)
+    def _profile(self, name: str) -> None:
+        model, _, batches = self.prepared(name)
+        for (count, context), batch in zip(self.cells, batches, strict=True):
+            if self.device.type == "cuda" and context <= 1024:
+                with torch.inference_mode():
+                    run = captured(lambda b=batch: model.ops.argmax(model.forward(b)))
+                report_kernels(f"{name} batch {count}", run, 10)
 
 
 def generate(core: EngineCore, prompts: list[list[int]], count: int = 16) -> list[list[int]]:

@@ -70,26 +70,39 @@ class Model:
     head: PackedLinear
 
 
+def convolved(kind: str, widths: tuple[int, ...]) -> tuple[Convolved, int]:
+    """A convolution after a linear layer whose output is that wide, in parts, and z's columns."""
+    if kind == "none":
+        return Convolved(None, slice(0, 0)), 0
+    streams, at = [], 0
+    for i, width in enumerate(widths):
+        streams.append(Stream(at, at + width, i * RANK))
+        at += width
+    static = torch.randn(WIDTH, at, device="cuda") * 0.1
+    static[0] += 1
+    filters = ConvFilter(
+        "lowrank", WIDTH, tuple(streams), static, normal(RANK, WIDTH, at, scale=0.1)
+    )
+    z = len(widths) * RANK
+    return Convolved(filters, slice(at, at + z)), z
+
+
 def make_model(kind: str) -> Model:
-    none = Convolved(None, slice(0, 0))
+    """`kind`: "none", "lowrank" (q, k, v convolved) or "all" (all seven)."""
     attention, mlp = [], []
+    rest = kind if kind == "all" else "none"
     for _ in range(LAYERS):
-        conv, z = none, 0
-        if kind == "lowrank":
-            z = 3 * RANK
-            streams = tuple(Stream(i * H, (i + 1) * H, i * RANK) for i in range(3))
-            static = torch.randn(WIDTH, 3 * H, device="cuda") * 0.1
-            static[0] += 1
-            up = normal(RANK, WIDTH, 3 * H, scale=0.1)
-            conv = Convolved(
-                ConvFilter("lowrank", WIDTH, streams, static, up), slice(3 * H, 3 * H + z)
-            )
-        attention.append(
-            AttentionParts(
-                packed(3 * H + z, H), conv, packed(H, H), none, False, HEADS, HEADS, DIM, None, None
-            )
-        )
-        mlp.append(MLPParts(packed(2 * INNER, H), none, packed(H, INNER), none, False, INNER))
+        qkv_conv, z = convolved(kind, (H, H, H))
+        o_conv, o_z = convolved(rest, (H,))
+        block = AttentionParts(
+            packed(3 * H + z, H), qkv_conv, packed(H + o_z, H), o_conv, False, HEADS, HEADS, DIM,
+            None, None,
+        )  # fmt: skip
+        attention.append(block)
+        inner_conv, inner_z = convolved(rest, (INNER, INNER))
+        down_conv, down_z = convolved(rest, (H,))
+        gated = packed(2 * INNER + inner_z, H)
+        mlp.append(MLPParts(gated, inner_conv, packed(H + down_z, INNER), down_conv, False, INNER))
     norms = [normal(H) for _ in range(2 * LAYERS + 1)]
     return Model(attention, mlp, norms, normal(VOCAB, H), packed(VOCAB, H))
 
@@ -133,7 +146,6 @@ def linear_pairs(tune: bool) -> Iterator[dict[str, Any]]:
             def make(rows: int = rows, outputs: int = outputs, depth: int = depth) -> Calls:
                 x, layer = normal(rows, depth), packed(outputs, depth)
                 residual, weight = normal(rows, H), normal(H)
-                batch = make_batch(rows, 1, 1)
                 gated = outputs != H
 
                 def cublas() -> object:
@@ -143,7 +155,7 @@ def linear_pairs(tune: bool) -> Iterator[dict[str, Any]]:
                 def ours(tile: LinearTile | None = None) -> object:
                     if gated:
                         if tile is None:
-                            return OPS.silu_linear(x, layer, batch)
+                            return OPS.silu_linear(x, layer)
                         return silu_linear(x, layer.weight, None, tile)
                     if tile is None:
                         return OPS.linear_add_rms_norm(x, layer, residual, weight, 1e-5)
@@ -167,10 +179,47 @@ def linear_pairs(tune: bool) -> Iterator[dict[str, Any]]:
             yield {"name": f"{name} {rows}", "bytes": outputs * depth * 2, "make": make}
 
 
+def whole_step(
+    model: Model, batch: FlatBatch, caches: list[tuple[torch.Tensor, torch.Tensor]]
+) -> Callable[[], torch.Tensor]:
+    """Token ids to token ids, for sequences of one row each; layers take the caches in turn."""
+    seqs = len(batch.starts)
+    ids = torch.randint(0, VOCAB, (seqs,), device="cuda")
+    rope = torch.randn(seqs, DIM, device="cuda")
+    attention, mlp = model.attention[0], model.mlp[0]
+    sites = {
+        "qkv": attention.qkv_conv, "o": attention.o_conv, "gate_up": mlp.gate_up_conv,
+        "down": mlp.down_conv,
+    }  # fmt: skip
+    rings = [
+        {
+            name: normal(seqs + 1, WIDTH, site.filters.channels)
+            for name, site in sites.items() if site.filters is not None
+        }
+        for _ in range(LAYERS)
+    ]  # fmt: skip
+
+    def step() -> torch.Tensor:
+        residual = OPS.embed(ids, model.table)
+        x = OPS.rms_norm(residual, model.norms[0], 1e-5)
+        for i in range(LAYERS):
+            k, v = caches[i % len(caches)]
+            x, residual = OPS.attention_block(
+                model.attention[i], x, residual, model.norms[2 * i + 1], 1e-5, rope, k, v,
+                rings[i], batch,
+            )  # fmt: skip
+            x, residual = OPS.mlp_block(
+                model.mlp[i], x, residual, model.norms[2 * i + 2], 1e-5, rings[i], batch
+            )
+        return OPS.argmax(OPS.linear(x, model.head))
+
+    return step
+
+
 def decode_steps(tune: bool) -> Iterator[dict[str, Any]]:
     """Token ids to token ids at context 1024; KV pages rotate over enough buffers to be cold."""
     context = 1024
-    for kind in ("none", "lowrank"):
+    for kind in ("none", "lowrank", "all"):
         model = make_model(kind)
         for seqs in (1, 8, 16, 32, 64, 128):
             batch = make_batch(seqs, 1, context - 1)
@@ -183,31 +232,14 @@ def decode_steps(tune: bool) -> Iterator[dict[str, Any]]:
             ]
 
             def make(
-                seqs: int = seqs, batch: FlatBatch = batch, caches: Any = caches,
-                model: Model = model, kind: str = kind,
+                batch: FlatBatch = batch, caches: Any = caches, model: Model = model,
+                kind: str = kind,
             ) -> Calls:  # fmt: skip
-                ids = torch.randint(0, VOCAB, (seqs,), device="cuda")
-                rope = torch.randn(seqs, DIM, device="cuda")
-                rings: list[dict[str, torch.Tensor]] = [
-                    {"qkv": normal(seqs + 1, WIDTH, 3 * H)} if kind == "lowrank" else {}
-                    for _ in range(LAYERS)
-                ]
-
-                def step() -> torch.Tensor:
-                    residual = OPS.embed(ids, model.table)
-                    x = OPS.rms_norm(residual, model.norms[0], 1e-5)
-                    for i in range(LAYERS):
-                        k, v = caches[i % len(caches)]
-                        x, residual = OPS.attention_block(
-                            model.attention[i], x, residual, model.norms[2 * i + 1], 1e-5, rope,
-                            k, v, rings[i], batch,
-                        )  # fmt: skip
-                        x, residual = OPS.mlp_block(
-                            model.mlp[i], x, residual, model.norms[2 * i + 2], 1e-5, rings[i], batch
-                        )
-                    return OPS.argmax(OPS.linear(x, model.head))
-
-                return {kind: step, "apart": apart(step)}
+                step = whole_step(model, batch, caches)
+                calls: Calls = {kind: step}
+                if kind == "none":
+                    calls["apart"] = apart(step)
+                return calls
 
             weights = sum(
                 p.out_features * p.in_features * 2

@@ -89,7 +89,7 @@ class EngineCore:
             eos_token_ids,
             slot=lambda seq: self._cache.slot(seq.id),
             feed=self._runner.feed,
-            draw=model.sample,
+            draw=model.ops.sample,
             grammars=grammars,
         )
         self._gate = GrammarGate(grammars)
@@ -139,8 +139,9 @@ class EngineCore:
         events = self._land(last)
         if self._flight is not None:
             self._idle.resume()
-            self._flight.choices = self._sampler.launch(self._flight.output, self._flight.plan)
-            self._idle.stop()
+            choices = self._sampler.launch(self._flight.output, self._flight.plan)
+            choices.done = self._idle.stop()
+            self._flight.choices = choices
         if not self._overlap:
             last, self._flight = self._flight, None
             events += self._land(last)

@@ -10,6 +10,7 @@ for them.
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,10 +24,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from ..cache import LayerState
+    from .models import Ops
     from .resolve import Limits
     from .staging import Staging
 
     Step = Callable[[ForwardBatch], tuple[Tensor, Tensor]]
+
+_log = logging.getLogger(__name__)
 
 LENGTHS = (1024, 4096, 16384)
 """Context bounds that have graphs of their own, besides the longest."""
@@ -79,19 +83,16 @@ class StepGraph:
         shape: StepShape,
         state: tuple[LayerState, ...],
         block: Tensor,
-        outputs: tuple[Tensor, Tensor],
         side: torch.cuda.Stream,
         pool: Any,
     ) -> None:
         """
         Args:
             block: bytes on the device that the inputs are uploaded to.
-            outputs: logits [most, V] and choices [most] that all graphs share.
             side: the stream to capture on; memory of the pool is used again on one stream alone.
         """
         self._shape, self._staging = shape, staging
         self._block = block[: shape.num_bytes]
-        self._logits, self._best = (t[: shape.logits] for t in outputs)
         batch = shape.batch(self._block, state)
         staging.upload_padded(_nobody(shape), shape, self._block)
         step(batch)  # compiles whatever is not compiled yet
@@ -101,9 +102,10 @@ class StepGraph:
         with torch.cuda.stream(side):
             self.graph.capture_begin(*([] if pool is None else [pool]))
             logits, best = step(batch)
-            self._logits.copy_(logits)
-            self._best.copy_(best)
             self.graph.capture_end()
+        # Not held: the next graphs may use the memory again, which is in order, for a step's output
+        # is valid until the next step.
+        self._logits, self._best = _borrowed(logits), _borrowed(best)
         torch.cuda.current_stream().wait_stream(side)
 
     @property
@@ -125,27 +127,24 @@ class StepGraphs:
     def __init__(
         self,
         step: Step,
+        ops: Ops,
         staging: Staging,
         layers: tuple[LayerState, ...],
         limits: Limits,
-        vocab_size: int,
         device: torch.device,
         on_progress: Callable[[int, int], None],
     ) -> None:
-        """Captures them all in one memory pool."""
+        """Captures them all in one memory pool, with every kernel there first."""
         wanted = shapes(limits)
-        most = limits.sizes.num_slots
         block = torch.empty(max(s.num_bytes for s in wanted), dtype=torch.uint8, device=device)
         side, pool = torch.cuda.Stream(), None
-        outputs: tuple[Tensor, Tensor] | None = None
         self._decode: list[tuple[StepShape, StepGraph]] = []
         self._mixed: list[tuple[StepShape, StepGraph]] = []
         torch.cuda.synchronize()
         with torch.inference_mode():
+            _compile_ahead(step, ops, staging, wanted, layers, block)
             for done, shape in enumerate(wanted, 1):
-                if outputs is None:
-                    outputs = _outputs(step, staging, shape, layers, block, most, vocab_size)
-                graph = StepGraph(step, staging, shape, layers, block, outputs, side, pool)
+                graph = StepGraph(step, staging, shape, layers, block, side, pool)
                 pool = pool or graph.graph.pool()
                 kind = self._decode if shape.max_rows == 1 else self._mixed
                 kind.append((shape, graph))
@@ -166,19 +165,40 @@ class StepGraphs:
         return None
 
 
-def _outputs(
+def _compile_ahead(
     step: Step,
+    ops: Ops,
     staging: Staging,
-    shape: StepShape,
-    state: tuple[LayerState, ...],
+    wanted: list[StepShape],
+    layers: tuple[LayerState, ...],
     block: Tensor,
-    most: int,
-    vocab_size: int,
-) -> tuple[Tensor, Tensor]:
-    """Logits [most, V] of the dtype that a step gives, and choices [most]."""
-    staging.upload_padded(_nobody(shape), shape, block[: shape.num_bytes])
-    logits, best = step(shape.batch(block[: shape.num_bytes], state))
-    return logits.new_empty(most, vocab_size), best.new_empty(most)
+) -> None:
+    """Compiles the kernels of all steps at once. What that misses is compiled when it is met."""
+    try:
+        with ops.compiling() as is_walk:
+            for shape in wanted if is_walk else ():
+                staging.upload_padded(_nobody(shape), shape, block[: shape.num_bytes])
+                step(shape.batch(block[: shape.num_bytes], layers))
+    except Exception:
+        _log.warning("kernels are compiled one by one; all at once failed", exc_info=True)
+
+
+class _Memory:
+    """Bytes on a device as `torch.as_tensor` takes them, without what keeps them allocated."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": (tensor.numel() * tensor.element_size(),),
+            "typestr": "|u1",
+            "data": (tensor.data_ptr(), False),
+            "version": 3,
+        }
+
+
+def _borrowed(tensor: Tensor) -> Tensor:
+    """The same contiguous memory, which belongs to the graphs' pool and lives as long as it."""
+    flat = torch.as_tensor(_Memory(tensor), device=tensor.device)
+    return flat.view(tensor.dtype).view(tensor.shape)
 
 
 def _nobody(shape: StepShape) -> ForwardBatch:

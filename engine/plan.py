@@ -48,6 +48,9 @@ class StepPlan:
     copies: Copies
     num_rows: int
     """Token rows of the step."""
+    unsettled: tuple[int, ...] = ()
+    """Places in `works` of those that change more than a sequence's last token: the cache's books,
+    or scores. The others generate inside a page of their own."""
 
 
 NOT_FINITE = "the model produced logits that are not finite"

@@ -2,7 +2,7 @@
 
 Batches are built on the host. On a CPU they run as they are. On a GPU they are uploaded in one
 copy and nothing waits for the device: a token that the step before has chosen and the host does not
-know yet (`FED`) is taken from where the device keeps the last token of each slot.
+know yet is taken from where the device keeps the last token of each slot.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from .batch_builder import FED
 from .graphs import StepGraphs
 from .output import Output
 from .staging import Staging
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..cache import LayerState, StateSpec
-    from .models import ForwardBatch
+    from .models import ForwardBatch, Ops
     from .resolve import Limits
 
 
@@ -32,38 +31,17 @@ class Model(Protocol):
     """What the engine needs of a model."""
 
     @property
+    def ops(self) -> Ops:
+        """The kernels that it runs on."""
+        ...
+
+    @property
     def state_spec(self) -> StateSpec:
         """The state it carries."""
         ...
 
-    @property
-    def is_capturable(self) -> bool:
-        """A forward pass never waits for the device, so a graph can hold it."""
-        ...
-
-    @property
-    def vocab_size(self) -> int:
-        """Logits per row."""
-        ...
-
     def forward(self, batch: ForwardBatch) -> Tensor:
         """Logits [L, V] of the rows wanted."""
-        ...
-
-    def argmax(self, logits: Tensor) -> Tensor:
-        """[L, V] -> [L] int64, the best token of each row; -1 where a row is not finite."""
-        ...
-
-    def sample(
-        self,
-        logits: Tensor,
-        temperature: Tensor,
-        top_k: Tensor,
-        top_p: Tensor,
-        min_p: Tensor,
-        numbers: Tensor,
-    ) -> Tensor:
-        """A token drawn for each row; greedy at temperature 0; -1 as `argmax`."""
         ...
 
 
@@ -93,9 +71,9 @@ class Runner:
         self._last = torch.zeros(limits.sizes.num_slots + 1, dtype=torch.int64, device=device)
         self._staging = Staging(device) if device.type == "cuda" else None
         self._graphs = None
-        if graphs and self._staging is not None and model.is_capturable:
+        if graphs and self._staging is not None and model.ops.is_capturable:
             self._graphs = StepGraphs(
-                self._step, self._staging, layers, limits, model.vocab_size, device, on_progress
+                self._step, model.ops, self._staging, layers, limits, device, on_progress
             )
 
     def forward(self, batch: ForwardBatch) -> Output:
@@ -115,18 +93,9 @@ class Runner:
 
     def _step(self, batch: ForwardBatch) -> tuple[Tensor, Tensor]:
         """-> logits [L, V], greedy choices [L], which are the last tokens of their slots now."""
-        flat = batch.flat
-        slots = flat.slots.long()
-        fed = self._last[slots[flat.row_seq.long()]]
-        # The token of a row that was not finite is -1; its sequence has ended.
-        tokens = torch.where(batch.token_ids == FED, fed, batch.token_ids).clamp_min_(0)
+        ops, flat = self._model.ops, batch.flat
+        tokens = ops.fed_tokens(batch.token_ids, self._last, flat)
         logits = self._model.forward(replace(batch, token_ids=tokens))
-        best = self._model.argmax(logits)
-        if len(best):
-            seqs = flat.row_seq.long()[batch.logit_rows]
-            wanted = slots[seqs]
-            if batch.is_scored:  # of a sequence's several rows the last is the one that chooses
-                is_last = flat.offsets.long()[seqs + 1] - 1 == batch.logit_rows
-                wanted = torch.where(is_last, wanted, 0)
-            self._last[wanted] = best
+        best = ops.argmax(logits)
+        ops.keep_tokens(best, batch.logit_rows, self._last, flat)
         return logits, best

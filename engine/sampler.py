@@ -49,6 +49,7 @@ class Choices:
     problems: dict[int, str] = field(default_factory=dict)
     """By work: why it has no token, where that is not the logits' fault."""
     done: torch.cuda.Event | None = None
+    """When the device has come so far; None where the host does the work."""
 
     def read(self) -> list[Sampled]:
         """One result per work, in order. Waits for the device."""
@@ -89,7 +90,7 @@ class Sampler:
         Args:
             slot: where a sequence's last token is kept.
             feed: takes slots [N] and tokens [N], where the greedy choice is not the last word.
-            draw: `Model.sample`.
+            draw: `Ops.sample`.
             grammars: without them, a request with a grammar fails.
         """
         self._eos = eos_token_ids
@@ -114,9 +115,6 @@ class Sampler:
         if rows:
             seqs = [plan.works[i].seq for i in choices.works]
             self._choose(output, rows, seqs, choices)
-        if output.logits.device.type == "cuda":
-            choices.done = torch.cuda.Event()
-            choices.done.record()
         return choices
 
     def _choose(

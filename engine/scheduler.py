@@ -11,23 +11,24 @@ from __future__ import annotations
 
 import bisect
 import itertools
-import random
 import time
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from ..cache import Copies
-from ..cache.pools import SequenceId
 from .messages import TokenEvent
 from .plan import NOT_FINITE, Sampled, StepPlan, Work
-from .sequence import Sequence, Status
+from .sequence import Sequence, Status, new_sequence
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from ..cache import CacheManager
-    from .messages import FinishReason, GenerateRequest
+    from .messages import FinishReason, GenerateRequest, Logprobs
+
+RUNNING, FINISHED = Status.RUNNING, Status.FINISHED
+"""Looked up once: a member of an enumeration is a slow attribute, and plans ask for every row."""
 
 MAX_SCORED_ROWS = 256
 """Rows with logits for every one of them are many numbers: a scored chunk is at most this long."""
@@ -87,7 +88,10 @@ class Scheduler:
         """Queues a request: its first choice, with the others waiting to fork from it."""
         assert request.request_id not in self._live, f"request {request.request_id} is live"
         assert 0 < len(request.prompt) < self._max_model_len, "prompt length unchecked"
-        choices = [self._sequence(request, index) for index in range(request.params.n)]
+        choices = [
+            new_sequence(request, i, next(self._ids), self._max_model_len, self._eos)
+            for i in range(request.params.n)
+        ]
         choices[0].forks = choices[1:]
         if request.params.prompt_logprobs is not None:
             choices[0].prompt_logprobs = [None]
@@ -116,6 +120,7 @@ class Scheduler:
         """
         budget, size = self._max_batch_tokens, self._page_size
         works: list[Work] = []
+        unsettled: list[int] = []
         preemptions_before = self.num_preemptions
         chunked: list[Sequence] = []
         for seq in tuple(self._running):
@@ -123,21 +128,30 @@ class Scheduler:
                 break
             start, known = seq.num_computed, len(seq.tokens)
             length = known + seq.num_in_flight
-            if seq.status is not Status.RUNNING or length >= seq.max_len:
-                continue  # preempted for one before it, or about to end
-            if length - start > 1 or seq.num_to_score:
+            if length >= seq.max_len or seq.status is not RUNNING:
+                continue  # about to end, or preempted for one before it
+            if length - start > 1 or (seq.prompt_logprobs is not None and seq.num_to_score):
                 chunked.append(seq)
-            # Inside a page that it writes already, a sequence needs nothing of the cache.
+                continue
+            if start >= known and 0 < start % size < size - 1:
+                # Generating inside a page that it writes already: nothing to ask, nothing to tell.
+                works.append(Work(seq, start, 1, True, True))
+                seq.num_computed = start + 1
+                seq.num_in_flight += 1
             elif start % size or self._make_room(seq, length, works):
+                unsettled.append(len(works))
                 works.append(Work(seq, start, 1, True, start >= known))
-                budget -= 1
+            else:
+                continue
+            budget -= 1
         for seq in chunked:
             if budget == 0:
                 break
-            if seq.status is not Status.RUNNING:
+            if seq.status is not RUNNING:
                 continue
             work = self._work(seq, budget)
             if self._make_room(seq, work.stop, works):
+                unsettled.append(len(works))
                 works.append(work)
                 budget -= work.rows
         while self._waiting and budget and self.num_preemptions == preemptions_before:
@@ -146,18 +160,20 @@ class Scheduler:
                 break
             self._start(self._waiting.pop(0))
             work = self._work(seq, budget)
+            unsettled.append(len(works))
             works.append(work)
             budget -= work.rows
-        for work in works:
+        for i in unsettled:
+            work = works[i]
             if work.rows > 1 or work.start % size == 0:
                 # A replay's rows write nothing.
                 first_own = max(work.start, self._cache.shared(work.seq.id))
                 self._cache.check_writable(work.seq.id, first_own, work.stop)
         # Without works nothing runs, and what is to be copied stays as it is until something does.
         copies = self._cache.take_copies() if works else Copies()
-        for work in works:
-            self._advance(work)
-        return StepPlan(tuple(works), copies, self._max_batch_tokens - budget)
+        for i in unsettled:
+            self._advance(works[i])
+        return StepPlan(tuple(works), copies, self._max_batch_tokens - budget, tuple(unsettled))
 
     def commit(self, plan: StepPlan, sampled: list[Sampled]) -> list[TokenEvent]:
         """Takes a step's results in: appends, finishes. Returns what to report.
@@ -166,22 +182,39 @@ class Scheduler:
         that its prefix calls for) but has no state to commit.
         """
         events: list[TokenEvent] = []
-        size = self._page_size
+        num_failed = 0
+        for i in plan.unsettled:
+            self._settle(plan.works[i], sampled[i])
         for work, result in zip(plan.works, sampled, strict=True):
-            seq, stop = work.seq, work.start + work.rows
-            if seq.status is Status.FINISHED:
+            seq, token = work.seq, result.token_id
+            if seq.status is FINISHED:
                 continue
             if work.samples:
                 seq.num_in_flight -= 1
-            if work.is_fed and stop % size == 0 and seq.status is Status.RUNNING:
-                self._cache.commit(seq.id, seq.tokens, stop, seq.num_computed - stop)
-            if seq.prompt_logprobs is not None:
-                seq.prompt_logprobs += result.scored
-            if result.token_id is not None:
-                events.append(self._append(seq, result.token_id, result))
-            elif result.problem is not None:
-                events.append(self._failure(seq, result.problem))
+            if token is None:
+                if result.problem is not None:
+                    events.append(self._failure(seq, result.problem))
+                    num_failed += 1
+                continue
+            tokens = seq.tokens
+            tokens.append(token)
+            logprobs = () if result.logprobs is None else (result.logprobs,)
+            if seq.has_reported and token not in seq.ends and len(tokens) < seq.max_len:
+                events.append(TokenEvent(seq.request_id, seq.index, (token,), logprobs))
+            else:
+                events.append(self._first_or_last(seq, token, logprobs))
+        self.num_generated_tokens += len(events) - num_failed
         return events
+
+    def _settle(self, work: Work, result: Sampled) -> None:
+        """Takes in what a step has done beside choosing a token."""
+        seq = work.seq
+        if seq.status is FINISHED:
+            return
+        if work.is_fed and work.stop % self._page_size == 0 and seq.status is RUNNING:
+            self._cache.commit(seq.id, seq.tokens, work.stop, seq.num_computed - work.stop)
+        if seq.prompt_logprobs is not None:
+            seq.prompt_logprobs += result.scored
 
     def _advance(self, work: Work) -> None:
         """Counts a planned work as done."""
@@ -196,29 +229,6 @@ class Scheduler:
             self._cache.commit(seq.id, seq.tokens, stop)
         if seq.forks and stop >= seq.prompt_len - 1:
             self._fork(seq)
-
-    def _sequence(self, request: GenerateRequest, index: int) -> Sequence:
-        params, prompt_len = request.params, len(request.prompt)
-        max_len = self._max_model_len
-        if params.max_tokens is not None:
-            max_len = min(max_len, prompt_len + params.max_tokens)
-        seed = params.seed if params.seed is not None else random.getrandbits(64)
-        number = next(self._ids)
-        return Sequence(
-            id=SequenceId(number),
-            request_id=request.request_id,
-            index=index,
-            params=params,
-            tokens=list(request.prompt),
-            prompt_len=prompt_len,
-            max_len=max_len,
-            ends=frozenset(params.stop_token_ids).union(() if params.ignore_eos else self._eos),
-            seed=seed,
-            priority=request.priority,
-            salt=request.cache_salt,
-            arrival=number,
-            arrived_at=time.monotonic(),
-        )
 
     def _enqueue(self, seq: Sequence) -> None:
         seq.status = Status.WAITING
@@ -314,9 +324,10 @@ class Scheduler:
             else:
                 self._enqueue(seq)
 
-    def _append(self, seq: Sequence, token: int, result: Sampled) -> TokenEvent:
-        seq.tokens.append(token)
-        self.num_generated_tokens += 1
+    def _first_or_last(
+        self, seq: Sequence, token: int, logprobs: tuple[Logprobs, ...]
+    ) -> TokenEvent:
+        """The event of a token that is the sequence's first, or its last, which ends it."""
         finish: FinishReason | None = None
         stop_token = None
         if token in seq.ends:
@@ -324,7 +335,6 @@ class Scheduler:
             stop_token = token if token in seq.params.stop_token_ids else None
         elif len(seq.tokens) >= seq.max_len:
             finish = "length"
-        logprobs = () if result.logprobs is None else (result.logprobs,)
         event = TokenEvent(seq.request_id, seq.index, (token,), logprobs, finish, stop_token)
         if not seq.has_reported:
             event = self._first(seq, event)

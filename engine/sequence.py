@@ -5,13 +5,16 @@ Only the scheduler writes a Sequence; everybody else reads.
 
 from __future__ import annotations
 
+import random
+import time
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING
 
+from ..cache.pools import SequenceId
+
 if TYPE_CHECKING:
-    from ..cache.pools import SequenceId
-    from .messages import FinishReason, Logprobs, SamplingParams
+    from .messages import FinishReason, GenerateRequest, Logprobs, SamplingParams
 
 
 class Status(Enum):
@@ -93,3 +96,33 @@ class Sequence:
         # Row p scores token p + 1, and entry 0 (no token before it) is there from the start.
         scored = len(self.prompt_logprobs) - 1
         return max(0, self.prompt_len - 1 - max(scored, self.num_computed))
+
+
+def new_sequence(
+    request: GenerateRequest, index: int, number: int, max_model_len: int, eos: frozenset[int]
+) -> Sequence:
+    """One choice of a request, waiting.
+
+    Args:
+        number: new for every sequence, and larger for later ones.
+        eos: what ends it, unless the request says otherwise.
+    """
+    params, prompt_len = request.params, len(request.prompt)
+    max_len = max_model_len
+    if params.max_tokens is not None:
+        max_len = min(max_len, prompt_len + params.max_tokens)
+    return Sequence(
+        id=SequenceId(number),
+        request_id=request.request_id,
+        index=index,
+        params=params,
+        tokens=list(request.prompt),
+        prompt_len=prompt_len,
+        max_len=max_len,
+        ends=frozenset(params.stop_token_ids).union(() if params.ignore_eos else eos),
+        seed=params.seed if params.seed is not None else random.getrandbits(64),
+        priority=request.priority,
+        salt=request.cache_salt,
+        arrival=number,
+        arrived_at=time.monotonic(),
+    )

@@ -13,12 +13,12 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from .models import PADDING, FlatBatch, ForwardBatch
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
     from torch import Tensor
 
@@ -169,6 +169,8 @@ class Staging:
         views["pages"][seqs:] = 0
         if shape.logits == len(batch.logit_rows) and shape.seqs == seqs:
             views["logit_rows"][:] = batch.logit_rows.numpy()
+        elif shape.max_rows == 1:
+            views["logit_rows"][:] = np.arange(shape.logits)
         else:
             views["logit_rows"][:] = views["offsets"][1:] - 1
         return block.bytes[: shape.num_bytes]

@@ -108,19 +108,10 @@ class FixedCpuOps(CpuOps):
                 row += 1
         return out.flatten(1)
 
-    def conv_silu_mul(
-        self,
-        gate_up: Tensor,
-        z: Tensor | None,
-        filters: ConvFilter | None,
-        ring: Tensor | None,
-        batch: FlatBatch,
-    ) -> Tensor:
-        """See `Ops.conv_silu_mul`."""
-        if filters is not None:
-            assert ring is not None
-            gate_up = self.conv(gate_up, z, filters, ring, batch)
-        return _silu_mul(gate_up)
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        """See `Ops.silu_mul`."""
+        gate, up = gate_up.chunk(2, dim=1)
+        return (_by_row(F.silu, widen(gate)) * up).to(gate_up.dtype)
 
     def sigmoid_mul(self, x: Tensor, gate: Tensor) -> Tensor:
         """See `Ops.sigmoid_mul`."""
@@ -143,7 +134,7 @@ class FixedCpuOps(CpuOps):
         out = torch.zeros_like(widen(x))
         for expert in experts.unique().tolist():
             row, choice = (experts == expert).nonzero(as_tuple=True)
-            hidden = _silu_mul(self._product(x[row], gate_up[expert]))
+            hidden = self.silu_mul(self._product(x[row], gate_up[expert]))
             y = self._product(hidden, down[expert])
             out.index_add_(0, row, y * weights[row, choice, None])
         return out.to(x.dtype)
@@ -248,8 +239,3 @@ def _added(parts: Sequence[Tensor]) -> Tensor:
     for part in parts[1:]:
         total = total + part
     return total
-
-
-def _silu_mul(gate_up: Tensor) -> Tensor:
-    gate, up = gate_up.chunk(2, dim=1)
-    return (_by_row(F.silu, widen(gate)) * up).to(gate_up.dtype)

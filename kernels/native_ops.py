@@ -298,20 +298,10 @@ class NativeOps(CpuOps):
             raise MemoryError(f"attention: no memory for the work list of {rows} rows")
         return out
 
-    def conv_silu_mul(
-        self,
-        gate_up: Tensor,
-        z: Tensor | None,
-        filters: ConvFilter | None,
-        ring: Tensor | None,
-        batch: FlatBatch,
-    ) -> Tensor:
-        """See `Ops.conv_silu_mul`."""
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        """See `Ops.silu_mul`."""
         if gate_up.dtype != torch.bfloat16 or gate_up.stride(1) != 1:
-            return super().conv_silu_mul(gate_up, z, filters, ring, batch)
-        if filters is not None:
-            assert ring is not None
-            gate_up = self.conv(gate_up, z, filters, ring, batch)
+            return super().silu_mul(gate_up)
         rows, width = len(gate_up), gate_up.shape[1] // 2
         y = torch.empty((rows, width), dtype=torch.bfloat16)
         self._lib.convserve_silu_mul(

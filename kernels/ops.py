@@ -10,18 +10,20 @@ op is float32 (float64 for float64 inputs) with one rounding to the input dtype 
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import reference_attention, reference_conv, reference_recurrent, reference_sampling
-from .reference_rows import apply_rope, moe, norm_qk, rms_norm, widen
+from . import reference_attention, reference_conv, reference_recurrent
+from .reference_rows import apply_rope, moe, norm_qk, rms_norm, silu_mul, widen
+from .token_ops import TokenOps
 from .weights import PackedLinear, QKNorm
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from contextlib import AbstractContextManager
 
     from .batch import FlatBatch
     from .blocks import AttentionParts, MLPParts
@@ -29,12 +31,17 @@ if TYPE_CHECKING:
     from .recurrent import DeltaParts, SSDParts
 
 
-class Ops:
+class Ops(TokenOps):
     """Reference implementation of every op; other backends override methods."""
 
     name = "reference"
     is_capturable = False
     """No op waits for the device or needs the batch's spans, so that a graph can hold a step."""
+
+    def compiling(self) -> AbstractContextManager[bool]:
+        """Inside, if it gives True, ops compile what they would launch, and launch nothing: no
+        result is written. On leaving, all of it is ready."""
+        return nullcontext(False)
 
     def pack_linear(self, weight: Tensor, bias: Tensor | None) -> PackedLinear:
         """Prepares weight [out, in] (and bias [out]) once, at load."""
@@ -44,50 +51,17 @@ class Ops:
         """x [T, in] -> [T, out]."""
         return F.linear(x, packed.weight, packed.bias)
 
-    def silu_linear(self, x: Tensor, packed: PackedLinear, batch: FlatBatch) -> Tensor:
-        """silu(gate) * up, the halves of a linear layer's output. x [T, in] -> [T, out / 2]."""
-        return self.conv_silu_mul(self.linear(x, packed), None, None, None, batch)
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        """silu(gate) * up. gate_up [T, 2 I] -> [T, I]."""
+        return silu_mul(gate_up)
+
+    def silu_linear(self, x: Tensor, packed: PackedLinear) -> Tensor:
+        """`silu_mul` of a linear layer's output. x [T, in] -> [T, out / 2]."""
+        return self.silu_mul(self.linear(x, packed))
 
     def pack_tied(self, table: Tensor) -> tuple[Tensor | PackedLinear, PackedLinear]:
         """For tied weights [V, H]: what `embed` reads and what `linear` multiplies by."""
         return table, self.pack_linear(table, None)
-
-    def embed(self, token_ids: Tensor, table: Tensor | PackedLinear) -> Tensor:
-        """token_ids [T] int64, table [V, H] (or as `pack_tied` gave it) -> [T, H]."""
-        return F.embedding(token_ids, table.weight if isinstance(table, PackedLinear) else table)
-
-    def argmax(self, logits: Tensor) -> Tensor:
-        """The greedy choice. logits [N, V] -> [N] int64; the first of equals.
-
-        -1 where a row has no finite best: it holds NaN or infinity, or nothing but -infinity.
-        """
-        best, ids = logits.max(dim=-1)
-        return torch.where(torch.isfinite(best), ids, -1)
-
-    def sample(
-        self,
-        logits: Tensor,
-        temperature: Tensor,
-        top_k: Tensor,
-        top_p: Tensor,
-        min_p: Tensor,
-        u: Tensor,
-    ) -> Tensor:
-        """Draws a token a row: in order of id, the first whose cumulative probability exceeds u.
-
-        First min-p, then top-k of what is left, then top-p of that. Equals share a filter's fate.
-
-        Args:
-            logits: [N, V].
-            temperature: [N] float32; 0 for the greedy choice.
-            top_k: [N] int32; 0 or V for no limit.
-            top_p, min_p: [N] float32; 1 and 0 for no limit.
-            u: [N] float64, uniform in [0, 1).
-
-        Returns:
-            [N] int64; -1 as `argmax`.
-        """
-        return reference_sampling.sample(logits, temperature, top_k, top_p, min_p, u)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """x / sqrt(mean(x^2) + eps) * weight over the last axis. x [..., H], weight [H]."""
@@ -210,12 +184,11 @@ class Ops:
         ring: Tensor | None,
         batch: FlatBatch,
     ) -> Tensor:
-        """Convolution after gate and up, then silu(gate) * up. gate_up [T, 2 I] -> [T, I]."""
+        """Convolution after gate and up, then `silu_mul`. gate_up [T, 2 I] -> [T, I]."""
         if filters is not None:
             assert ring is not None
             gate_up = self.conv(gate_up, z, filters, ring, batch)
-        gate, up = gate_up.chunk(2, dim=1)
-        return (F.silu(widen(gate)) * up).to(gate_up.dtype)
+        return self.silu_mul(gate_up)
 
     def attention_block(
         self,
@@ -279,7 +252,7 @@ class Ops:
         """
         p = parts
         if p.gate_up_conv.filters is None and p.gate_up.out_features == 2 * p.intermediate:
-            hidden = out = self.silu_linear(x, p.gate_up, batch)
+            hidden = out = self.silu_linear(x, p.gate_up)
         else:
             out = self.linear(x, p.gate_up)
             hidden = self.conv_silu_mul(

@@ -29,6 +29,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (normed * weight).to(x.dtype)
 
 
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """See `Ops.silu_mul`."""
+    gate, up = gate_up.chunk(2, dim=1)
+    return (F.silu(widen(gate)) * up).to(gate_up.dtype)
+
+
 def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
     """Rotates x [T, heads, d] by rope [T, rot] (cos then sin), pairing channel i with i + rot/2."""
     half = rope.shape[1] // 2
@@ -70,7 +76,6 @@ def moe(
     out = torch.zeros_like(widen(x))
     for expert in experts.unique().tolist():
         row, choice = (experts == expert).nonzero(as_tuple=True)
-        gate, up = F.linear(x[row], gate_up[expert]).chunk(2, dim=1)
-        y = F.linear((F.silu(widen(gate)) * up).to(x.dtype), down[expert])
+        y = F.linear(silu_mul(F.linear(x[row], gate_up[expert])), down[expert])
         out.index_add_(0, row, y * weights[row, choice, None])
     return out.to(x.dtype)

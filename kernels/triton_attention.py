@@ -62,8 +62,11 @@ def _split_kernel(
     M: tl.constexpr,
     N: tl.constexpr,
     DP: tl.constexpr,
+    EARLY: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    """EARLY: the first keys of earlier steps are fetched before the kernel before is done, and kept
+    in registers until the others have been met; the step's own are then met by themselves."""
     start_next(PDL)
     split = tl.program_id(0)
     kv_head = tl.program_id(1)
@@ -72,12 +75,23 @@ def _split_kernel(
     rows = tl.load(offsets + seq + 1) - first_row
     start = tl.load(starts + seq)
     begin, stop, parts = context_part(start, split, WINDOW, SPLITS)
-    # The step's own rows are the last part's.
-    stop = tl.where(split == parts - 1, start + rows, stop)
+    if not EARLY:
+        # The step's own rows are the last part's.
+        stop = tl.where(split == parts - 1, start + rows, stop)
     active = (rows > 0) & (rows <= ROWS) & (split < parts)
     stop = tl.where(active, stop, begin)
     pages = table + seq.to(tl.int64) * table_stride
-    page = find_pages(pages, begin + tl.arange(0, N), stop, PAGE)
+    k_head = k_pages + kv_head.to(tl.int64) * k_head_stride
+    v_head = v_pages + kv_head.to(tl.int64) * v_head_stride
+    first = begin + tl.arange(0, N)
+    page = find_pages(pages, first, stop, PAGE)
+    loop_begin = begin
+    if EARLY:
+        first_k, first_v = load_keys(
+            k_head, v_head, k_page_stride, v_page_stride, page, first, stop, D, PAGE, DP, True
+        )
+        page = find_pages(pages, first + N, stop, PAGE)
+        loop_begin = begin + N
     wait_previous(PDL)
     if active:
         m = tl.arange(0, M)
@@ -92,9 +106,7 @@ def _split_kernel(
         total = tl.zeros((M,), tl.float32)
         peak = tl.full((M,), float("-inf"), tl.float32)
         value = tl.zeros((M, DP), tl.float32)
-        k_head = k_pages + kv_head.to(tl.int64) * k_head_stride
-        v_head = v_pages + kv_head.to(tl.int64) * v_head_stride
-        for at in range(begin, stop, N):
+        for at in range(loop_begin, stop, N):
             seen = at + tl.arange(0, N)
             k, v = load_keys(
                 k_head, v_head, k_page_stride, v_page_stride, page, seen, stop, D, PAGE, DP, True
@@ -102,6 +114,21 @@ def _split_kernel(
             page = find_pages(pages, seen + N, stop, PAGE)
             total, peak, value = attend(
                 queries, k, v, position, seen, stop, scale, total, peak, value, WINDOW, True
+            )
+        if EARLY:
+            total, peak, value = attend(
+                queries, first_k, first_v, position, first, stop, scale, total, peak, value,
+                WINDOW, True,
+            )  # fmt: skip
+            new = start + tl.arange(0, 16)
+            new_stop = tl.where(split == parts - 1, start + rows, start)
+            new_page = find_pages(pages, new, new_stop, PAGE)
+            k, v = load_keys(
+                k_head, v_head, k_page_stride, v_page_stride, new_page, new, new_stop, D, PAGE, DP,
+                True,
+            )  # fmt: skip
+            total, peak, value = attend(
+                queries, k, v, position, new, new_stop, scale, total, peak, value, WINDOW, True
             )
         # A row may see no key of this part: weightless, and not 0 / 0.
         blind = total == 0.0
@@ -229,7 +256,8 @@ def split(
     else:
         _split_kernel[grid](
             *arguments, GROUP=group, PAGE=page_size, ROWS=rows, N=tile.keys,
-            M=max(16, triton.next_power_of_2(rows * group)), **shape,
+            M=max(16, triton.next_power_of_2(rows * group)),
+            EARLY=tuning.split_early(tile, seqs * kv_heads, batch.max_len), **shape,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     if splits > 1:

@@ -131,6 +131,7 @@ def _chunk_kernel(
     PAGE: tl.constexpr,
     WINDOW: tl.constexpr,
     ABOVE: tl.constexpr,
+    ALIKE: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
     DP: tl.constexpr,
@@ -169,7 +170,7 @@ def _chunk_kernel(
             full = begin
         else:
             # Tiles of keys that every row sees need no mask.
-            full = (top + 1) // N * N
+            full = 0 if ALIKE else (top + 1) // N * N
         page = find_pages(pages, begin + tl.arange(0, N), stop, PAGE)
         for at in range(begin, full, N):
             seen = at + tl.arange(0, N)
@@ -204,8 +205,15 @@ def chunk(
     out: Tensor,
     above: int,
     tile: tuning.ChunkTile | None = None,
+    *,
+    alike: bool = False,
 ) -> None:
-    """Attention of all sequences with more than `above` rows, written to out [T, Hq * d]."""
+    """Attention of all sequences with more than `above` rows, written to out [T, Hq * d].
+
+    `alike`: every tile of keys is met by the same code. Without masks, where there need be none,
+    a compiler fuses other multiplications and additions, and which tiles those are depends on where
+    a prompt was cut.
+    """
     _, q_heads, head_dim = q.shape
     _, kv_heads, page_size, _ = k_pages.shape
     tile = tile or tuning.chunk_tile(q.element_size(), head_dim)
@@ -217,7 +225,7 @@ def chunk(
         q, k_pages, v_pages, k_pages.stride(0), k_pages.stride(1), v_pages.stride(0),
         v_pages.stride(1), batch.pages, batch.pages.stride(0), batch.starts, batch.offsets,
         out, scale * LOG2_E, Q_HEADS=q_heads, GROUP=q_heads // kv_heads, D=head_dim,
-        PAGE=page_size, WINDOW=window or 0, ABOVE=above, M=tile.rows, N=tile.keys,
+        PAGE=page_size, WINDOW=window or 0, ABOVE=above, ALIKE=alike, M=tile.rows, N=tile.keys,
         DP=padded, num_warps=tile.warps, num_stages=max(stages, 1),
         **overlapped(q),
     )  # fmt: skip

@@ -21,7 +21,9 @@ from . import tuning
 from .triton_filters import (
     convolve,
     group_size,
+    join_past,
     load_code,
+    load_past,
     load_weights,
     load_window,
     locate_block,
@@ -97,12 +99,13 @@ def _conv_kernel(
         up, static, bias, channel, convolved, order, order_keep,
         D, W, R, KIND, GENERATE, BIAS, M, N,
     )  # fmt: skip
-    wait_previous(PDL)
     meta = (positions, row_seq, starts, slots, ring_rows)
     for i in range(REPEAT):
         first_row = (tl.program_id(1) * REPEAT + i) * M
         row = first_row + tl.arange(0, M)
         keep, spot, ring_row = locate_rows(row, first_row, count, meta, W, RING, MODE, M)
+        past = load_past(ring, ring_stride, spot, channel, convolved, W, RING, MODE)
+        wait_previous(PDL)
         code_row = row
         if GENERATE == "swap":
             code_row = first_row + swap_rows(M)
@@ -111,10 +114,13 @@ def _conv_kernel(
             z, z_stride, code_row, code_keep, z_start, first_column - start, within, valid,
             W, R, HEAD, KIND, GENERATE, N,
         )  # fmt: skip
-        window = load_window(
-            x, x_stride, ring, ring_stride, row, first_row, count, meta, spot,
-            column, channel, valid, convolved, W, RING, MODE, M,
-        )  # fmt: skip
+        if MODE == "long":
+            window = load_window(
+                x, x_stride, ring, ring_stride, row, first_row, count, meta, spot,
+                column, channel, valid, convolved, W, RING, MODE, M,
+            )  # fmt: skip
+        else:
+            window = join_past(x, x_stride, row, count, spot, past, column, valid, W, MODE)
         inside = keep[:, None] & valid[None, :]
         place = row[:, None].to(tl.int64) * out_stride + column[None, :]
         if ADD:
@@ -185,30 +191,39 @@ def conv(
         batch.positions, batch.row_seq, batch.starts, batch.slots, batch.ring_rows, count,
     )  # fmt: skip
     shapes = {
-        "SEGMENTS": blocked, "D": filters.channels, "W": filters.width, "R": filters.rank,
+        "SEGMENTS": blocked, "D": filters.channels, "W": filters.width,
         "BIAS": filters.bias is not None, "SCALE": filters.scale,
         "SILU": filters.activation == "silu", "ADD": residual is not None,
         "RING": batch.ring_len, "num_warps": tile.warps, **overlapped(x),
     }  # fmt: skip
     kinds = {"HEAD": filters.head_size, "KIND": filters.kind, "GENERATE": generate,
              "N": tile.channels}  # fmt: skip
-    lowrank = tile.generate == "runs" and filters.kind == "lowrank"
-    if tile.generate != "runs":
+    runs = tile.generate == "runs"
+    if not runs:
         grid = (blocks, triton.cdiv(count, tile.rows * tile.repeat))
         _conv_kernel[grid](
-            *arguments, MODE=mode, M=tile.rows, REPEAT=tile.repeat, **shapes, **kinds
+            *arguments,
+            R=filters.rank,
+            MODE=mode,
+            M=tile.rows,
+            REPEAT=tile.repeat,
+            **shapes,
+            **kinds,
         )
-    elif lowrank:
+    else:
         seqs = len(batch.slots)
         grid = (blocks, stretches(count, seqs, tile.rows))
-        lowrank_runs_kernel[grid](
-            *arguments[:12], batch.offsets, batch.starts, batch.slots, batch.ring_rows, seqs,
-            N=tile.channels, **marching(tile, seqs, x), **shapes,
+        arguments = (
+            *arguments[:12], batch.offsets, batch.starts, batch.slots, batch.ring_rows, seqs
         )  # fmt: skip
-    else:
-        grid = (blocks, triton.cdiv(count, tile.rows))
-        runs_kernel[grid](*arguments, J=tile.rows * tile.channels // 256, **shapes, **kinds)
-    if mode == "long" and not lowrank:
+        shapes = {**shapes, "WARPS": tile.warps, **stretched(tile, seqs, x)}
+        if filters.kind == "lowrank":
+            lowrank_runs_kernel[grid](
+                *arguments, R=filters.rank, N=tile.channels, STAGES=tile.stages, **shapes
+            )
+        else:
+            runs_kernel[grid](*arguments, **shapes, **kinds)
+    if mode == "long" and not runs:
         store_ring(x, filters, ring, batch)
     return out
 
@@ -249,12 +264,13 @@ def stretches(count: int, seqs: int, rows: int) -> int:
     return (count + seqs * (rows - 1)) // rows
 
 
-def marching(tile: tuning.ConvTile, seqs: int, x: Tensor) -> dict[str, int]:
-    """Launch arguments of the kernels of `triton_lowrank_runs`."""
+def stretched(tile: tuning.ConvTile, seqs: int, x: Tensor) -> dict[str, int]:
+    """Launch arguments of kernels that take stretches of rows."""
     cuda = x.is_cuda and torch.version.hip is None
     return {
-        "SEQS": triton.next_power_of_2(seqs), "ROWS": tile.rows, "WARPS": tile.warps,
-        "STAGES": tile.stages, **({"maxnreg": tile.registers} if cuda and tile.registers else {}),
+        # Few sizes: each is a kernel of its own.
+        "SEQS": max(32, triton.next_power_of_2(seqs)), "ROWS": tile.rows,
+        **({"maxnreg": tile.registers} if cuda and tile.registers else {}),
     }  # fmt: skip
 
 

@@ -113,53 +113,64 @@ def load_window(
     `valid` [N]: the column exists. `convolved` [N]: it also has older inputs to read.
     """
     keep = row < count
-    here = x + row[:, None].to(tl.int64) * x_stride + column[None, :]
-    window = (tl.load(here, mask=keep[:, None] & valid[None, :], other=0.0),)
     if MODE == "long":
+        here = x + row[:, None].to(tl.int64) * x_stride + column[None, :]
+        window = (tl.load(here, mask=keep[:, None] & valid[None, :], other=0.0),)
         for w in tl.static_range(1, W):
             near = (keep & (row >= w))[:, None] & valid[None, :]
             window = window + (tl.load(here - w * x_stride, mask=near, other=0.0),)
         if spot[0]:
             _keep, place, _ring_row = locate_rows(row, first_row, count, meta, W, RING, "short", M)
-            window = _older(
-                window[0], here, x_stride, ring, ring_stride, keep, place, channel, valid,
-                convolved, W, RING, "short",
-            )  # fmt: skip
+            past = load_past(ring, ring_stride, place, channel, convolved, W, RING, "short")
+            window = join_past(x, x_stride, row, count, place, past, column, valid, W, "short")
     else:
-        window = _older(
-            window[0], here, x_stride, ring, ring_stride, keep, spot, channel, valid,
-            convolved, W, RING, MODE,
-        )  # fmt: skip
+        past = load_past(ring, ring_stride, spot, channel, convolved, W, RING, MODE)
+        window = join_past(x, x_stride, row, count, spot, past, column, valid, W, MODE)
     return window
 
 
 @triton.jit
-def _older(
-    now,
-    here,
-    x_stride,
+def load_past(
     ring,
     ring_stride,
-    keep,
     spot,
     channel,
-    valid,
     convolved,
     W: tl.constexpr,
     RING: tl.constexpr,
     MODE: tl.constexpr,
 ):
-    """`now` and the W - 1 inputs before it, each from this step's rows or from the ring."""
-    position, local, slot_row = spot
-    window = (now,)
+    """The W - 1 inputs before each row where earlier steps left them, zeros where they did not.
+
+    No kernel of this step writes them, so they may be read before the kernel before is done.
+    MODE "long": nothing; few rows need them.
+    """
+    past = ()
+    if MODE != "long":
+        position, local, slot_row = spot
+        for w in tl.static_range(1, W):
+            ring_row = slot_row + ((position - w) & (RING - 1))
+            old = (position >= w) & (local < w)
+            tap = tl.load(
+                ring + ring_row[:, None] * ring_stride + channel[None, :],
+                mask=old[:, None] & convolved[None, :],
+                other=0.0,
+            )
+            past = past + (tap,)
+    return past
+
+
+@triton.jit
+def join_past(
+    x, x_stride, row, count, spot, past, column, valid, W: tl.constexpr, MODE: tl.constexpr
+):
+    """As `load_window`, its older inputs that earlier steps left being there. Not for "long"."""
+    _position, local, _slot_row = spot
+    keep = row < count
+    here = x + row[:, None].to(tl.int64) * x_stride + column[None, :]
+    window = (tl.load(here, mask=keep[:, None] & valid[None, :], other=0.0),)
     for w in tl.static_range(1, W):
-        ring_row = slot_row + ((position - w) & (RING - 1))
-        old = (position >= w) & (local < w)
-        tap = tl.load(
-            ring + ring_row[:, None] * ring_stride + channel[None, :],
-            mask=old[:, None] & convolved[None, :],
-            other=0.0,
-        )
+        tap = past[w - 1]
         if MODE == "short":
             new = keep & (local >= w)
             near = tl.load(here - w * x_stride, mask=new[:, None] & valid[None, :], other=0.0)

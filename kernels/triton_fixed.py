@@ -52,6 +52,7 @@ class FixedTritonOps(TritonOps):
     silu_linear = Ops.silu_linear
     linear_add_rms_norm = Ops.linear_add_rms_norm
     conv_add_rms_norm = Ops.conv_add_rms_norm
+    conv_silu_mul = Ops.conv_silu_mul
 
     def linear(self, x: Tensor, packed: PackedLinear) -> Tensor:
         """See `Ops.linear`."""
@@ -128,23 +129,13 @@ class FixedTritonOps(TritonOps):
         out = torch.empty((len(q), q.shape[1] * q.shape[2]), dtype=q.dtype, device=q.device)
         tile = tuning.chunk_tile(q.element_size(), q.shape[2])
         triton_chunk_attention.chunk(
-            q, k_pages, v_pages, batch, scale, window, out, above=0, tile=tile
+            q, k_pages, v_pages, batch, scale, window, out, above=0, tile=tile, alike=True
         )
         return out
 
-    def conv_silu_mul(
-        self,
-        gate_up: Tensor,
-        z: Tensor | None,
-        filters: ConvFilter | None,
-        ring: Tensor | None,
-        batch: FlatBatch,
-    ) -> Tensor:
-        """See `Ops.conv_silu_mul`. In two launches for any run, as long runs need, and one program
-        for any number of rows: another one rounds the last bit otherwise."""
-        if filters is not None:
-            assert ring is not None
-            gate_up = self.conv(gate_up, z, filters, ring, batch)
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        """See `Ops.silu_mul`. One program for any number of rows: another one rounds the last bit
+        otherwise."""
         return triton_mlp.silu_mul(gate_up, rows=1)
 
 

@@ -66,24 +66,29 @@ def _gated_conv_kernel(
     y = tl.zeros((M, N), tl.float32)
     if BIAS:
         y += tl.load(bias + column, mask=valid, other=0.0)[None, :]
-    wait_previous(PDL)
     row = tl.program_id(1) * M + tl.arange(0, M)
     position = tl.load(positions + row, mask=row < count, other=-1)
     keep = (row < count) & (position >= 0)
     seq = tl.load(row_seq + row, mask=keep, other=0)
     local = position - tl.load(starts + seq, mask=keep, other=0)
     slot = tl.load(slots + seq, mask=keep, other=0).to(tl.int64)
+    # The windows of earlier steps are on their way before the kernel before is done: until this
+    # kernel, none of the step writes them.
+    olders = ()
+    for w in tl.static_range(1, W):
+        far = (keep & (local < w) & (position >= w))[:, None] & valid[None, :]
+        place = slot * RING + ((position - w) & (RING - 1))
+        older = tl.load(ring + place[:, None] * ring_stride + column[None, :], mask=far, other=0.0)
+        olders = olders + (older.to(tl.float32),)
+    wait_previous(PDL)
     line = x + row[:, None].to(tl.int64) * x_stride
     inside = keep[:, None] & valid[None, :]
     now = _product(line, column, D, inside)
     y += taps[0][None, :] * now.to(tl.float32)
     for w in tl.static_range(1, W):
         near = (keep & (local >= w))[:, None] & valid[None, :]
-        far = (keep & (local < w) & (position >= w))[:, None] & valid[None, :]
         recent = _product(line - w * x_stride, column, D, near)
-        place = slot * RING + ((position - w) & (RING - 1))
-        older = tl.load(ring + place[:, None] * ring_stride + column[None, :], mask=far, other=0.0)
-        y += taps[w][None, :] * (recent.to(tl.float32) + older.to(tl.float32))
+        y += taps[w][None, :] * (recent.to(tl.float32) + olders[w - 1])
     c = tl.load(line + D + column[None, :], mask=inside, other=0.0).to(tl.float32)
     target = out + row[:, None].to(tl.int64) * D + column[None, :]
     tl.store(target, (c * y).to(out.dtype.element_ty), mask=(row < count)[:, None] & valid[None, :])

@@ -5,9 +5,10 @@
 On Hopper and later the kernels of this room are launched so. The law that makes it safe: a kernel
 calls `wait_previous` in every program, and before that touches nothing but what no kernel of the
 step writes: weights, the step's batch (uploaded before it, which waits for all kernels before), and
-the keys and values of earlier steps. It waits there until the kernel before has finished and its
-writes are visible; that one waited for its own predecessor, so all of the stream's past is. Launch,
-ramp-up and such reading thus overlap with the kernels before. Capture in a CUDA graph keeps it.
+keys, values and ring rows of earlier steps. It waits there until the kernel before has finished and
+its writes are visible; that one waited for its own predecessor, so all of the stream's past is.
+Launch, ramp-up and such reading thus overlap with the kernels before. Capture in a CUDA graph keeps
+it. Calls that share state are steps of their own: without an upload, something else must part them.
 
 Also what a device's shared memory allows. Knows no kernel.
 """

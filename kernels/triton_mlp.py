@@ -18,7 +18,9 @@ from torch import Tensor
 from . import triton_conv, tuning
 from .triton_filters import (
     convolve,
+    join_past,
     load_code,
+    load_past,
     load_weights,
     load_window,
     locate_rows,
@@ -111,12 +113,14 @@ def _conv_silu_mul_kernel(
         up, static, bias, up_channel, valid, UP[0] + order, order_keep,
         D, W, R, KIND, GENERATE, BIAS, M, N,
     )  # fmt: skip
-    wait_previous(PDL)
     meta = (positions, row_seq, starts, slots, ring_rows)
     for i in range(REPEAT):
         first_row = (tl.program_id(1) * REPEAT + i) * M
         row = first_row + tl.arange(0, M)
         keep, spot, ring_row = locate_rows(row, first_row, count, meta, W, RING, MODE, M)
+        gate_past = load_past(ring, ring_stride, spot, gate_channel, valid, W, RING, MODE)
+        up_past = load_past(ring, ring_stride, spot, up_channel, valid, W, RING, MODE)
+        wait_previous(PDL)
         code_row = row
         if GENERATE == "swap":
             code_row = first_row + swap_rows(M)
@@ -129,14 +133,22 @@ def _conv_silu_mul_kernel(
             z, z_stride, code_row, use, UP[1], tl.program_id(0) * N, within, valid,
             W, R, HEAD, KIND, GENERATE, N,
         )  # fmt: skip
-        gate_window = load_window(
-            x, x_stride, ring, ring_stride, row, first_row, count, meta, spot,
-            within, gate_channel, valid, valid, W, RING, MODE, M,
-        )  # fmt: skip
-        up_window = load_window(
-            x, x_stride, ring, ring_stride, row, first_row, count, meta, spot,
-            INNER + within, up_channel, valid, valid, W, RING, MODE, M,
-        )  # fmt: skip
+        if MODE == "long":
+            gate_window = load_window(
+                x, x_stride, ring, ring_stride, row, first_row, count, meta, spot,
+                within, gate_channel, valid, valid, W, RING, MODE, M,
+            )  # fmt: skip
+            up_window = load_window(
+                x, x_stride, ring, ring_stride, row, first_row, count, meta, spot,
+                INNER + within, up_channel, valid, valid, W, RING, MODE, M,
+            )  # fmt: skip
+        else:
+            gate_window = join_past(
+                x, x_stride, row, count, spot, gate_past, within, valid, W, MODE
+            )
+            up_window = join_past(
+                x, x_stride, row, count, spot, up_past, INNER + within, valid, W, MODE
+            )
         gate = convolve(
             gate_window, gate_code, gate_weights, W, R, KIND, GENERATE, SCALE, SILU, M, N
         )

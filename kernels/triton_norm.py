@@ -16,7 +16,15 @@ import triton.language as tl
 from torch import Tensor
 
 from . import triton_conv
-from .triton_filters import convolve, load_code, load_weights, load_window, locate_rows
+from .triton_filters import (
+    convolve,
+    join_past,
+    load_code,
+    load_past,
+    load_weights,
+    load_window,
+    locate_rows,
+)
 from .triton_launch import overlapped, start_next, wait_previous
 
 if TYPE_CHECKING:
@@ -112,16 +120,20 @@ def _conv_norm_kernel(
         static, static, bias, column, valid, column, valid, H, W, 0, KIND, GENERATE, BIAS, 1, N
     )
     scale = tl.load(weight + column[None, :], mask=valid[None, :], other=0.0).to(tl.float32)
-    wait_previous(PDL)
     meta = (positions, row_seq, starts, slots, ring_rows)
     keep, spot, ring_row = locate_rows(row, first, count, meta, W, RING, MODE, 1)
+    past = load_past(ring, ring_stride, spot, column, valid, W, RING, MODE)
+    wait_previous(PDL)
     code = load_code(
         z, z_stride, row, keep, Z_START, 0, column, valid, W, 0, HEAD, KIND, GENERATE, N
     )
-    window = load_window(
-        x, x_stride, ring, ring_stride, row, first, count, meta, spot,
-        column, column, valid, valid, W, RING, MODE, 1,
-    )  # fmt: skip
+    if MODE == "long":
+        window = load_window(
+            x, x_stride, ring, ring_stride, row, first, count, meta, spot,
+            column, column, valid, valid, W, RING, MODE, 1,
+        )  # fmt: skip
+    else:
+        window = join_past(x, x_stride, row, count, spot, past, column, valid, W, MODE)
     place = row[:, None].to(tl.int64) * H + column[None, :]
     inside = keep[:, None] & valid[None, :]
     before = tl.load(residual + place, mask=inside, other=0.0).to(tl.float32)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from . import (
     triton_attention,
+    triton_compile,
     triton_conv,
     triton_gated_conv,
     triton_generated_conv,
@@ -26,6 +27,8 @@ from .ops import Ops
 from .weights import PackedLinear
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from torch import Tensor
 
     from .batch import FlatBatch
@@ -40,23 +43,39 @@ class TritonOps(Ops):
     name = "triton"
     is_capturable = True
 
+    def compiling(self) -> AbstractContextManager[bool]:
+        """See `Ops.compiling`."""
+        return triton_compile.compiling()
+
     def linear(self, x: Tensor, packed: PackedLinear) -> Tensor:
         """See `Ops.linear`: a Triton kernel for few rows, where the table says so, or cuBLAS."""
         return triton_linear.linear(x, packed.weight, packed.bias)
 
-    def silu_linear(self, x: Tensor, packed: PackedLinear, batch: FlatBatch) -> Tensor:
+    def silu_linear(self, x: Tensor, packed: PackedLinear) -> Tensor:
         """See `Ops.silu_linear`: in one launch where `linear` is a Triton kernel."""
         hidden = triton_linear.silu_linear(x, packed.weight, packed.bias)
-        return super().silu_linear(x, packed, batch) if hidden is None else hidden
+        return super().silu_linear(x, packed) if hidden is None else hidden
+
+    def fed_tokens(self, token_ids: Tensor, last: Tensor, batch: FlatBatch) -> Tensor:
+        """See `TokenOps.fed_tokens`."""
+        return triton_tokens.fed_tokens(token_ids, last, batch)
+
+    def keep_tokens(self, ids: Tensor, rows: Tensor, last: Tensor, batch: FlatBatch) -> None:
+        """See `TokenOps.keep_tokens`."""
+        triton_tokens.keep_tokens(ids, rows, last, batch)
+
+    def take_rows(self, table: Tensor, rows: Tensor) -> Tensor:
+        """See `TokenOps.take_rows`; a row outside the table gives zeros."""
+        return triton_tokens.embed(rows, table)
 
     def embed(self, token_ids: Tensor, table: Tensor | PackedLinear) -> Tensor:
-        """See `Ops.embed`; an id outside the table gives zeros."""
+        """See `TokenOps.embed`; an id outside the table gives zeros."""
         return triton_tokens.embed(
             token_ids, table.weight if isinstance(table, PackedLinear) else table
         )
 
     def argmax(self, logits: Tensor) -> Tensor:
-        """See `Ops.argmax`."""
+        """See `TokenOps.argmax`."""
         return triton_tokens.argmax(logits)
 
     def sample(
@@ -68,7 +87,7 @@ class TritonOps(Ops):
         min_p: Tensor,
         u: Tensor,
     ) -> Tensor:
-        """See `Ops.sample`."""
+        """See `TokenOps.sample`."""
         return triton_sampling.sample(logits, temperature, top_k, top_p, min_p, u)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -184,6 +203,10 @@ class TritonOps(Ops):
         assert ring is not None
         return triton_norm.conv_add_rms_norm(x, z, filters, ring, residual, weight, eps, batch)
 
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        """See `Ops.silu_mul`."""
+        return triton_mlp.silu_mul(gate_up)
+
     def conv_silu_mul(
         self,
         gate_up: Tensor,
@@ -192,9 +215,9 @@ class TritonOps(Ops):
         ring: Tensor | None,
         batch: FlatBatch,
     ) -> Tensor:
-        """See `Ops.conv_silu_mul`."""
+        """See `Ops.conv_silu_mul`. In one launch where there are filters."""
         if filters is None:
-            return triton_mlp.silu_mul(gate_up)
+            return self.silu_mul(gate_up)
         assert ring is not None
         return triton_mlp.conv_silu_mul(gate_up, z, filters, ring, batch)
 

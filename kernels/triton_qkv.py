@@ -19,7 +19,9 @@ from . import triton_conv, tuning
 from .triton_filters import (
     convolve,
     group_size,
+    join_past,
     load_code,
+    load_past,
     load_weights,
     load_window,
     locate_rows,
@@ -127,7 +129,6 @@ def _qkv_kernel(
             D, W, R, KIND, GENERATE, BIAS, M, N,
         )  # fmt: skip
     norms = load_norms(norm_q, norm_k, is_q, low, high, low_valid, high_valid, NORM)
-    wait_previous(PDL)
     pages = (k_pages, v_pages, k_page_stride, k_head_stride, v_page_stride, v_head_stride)
     meta = (positions, row_seq, starts, slots, ring_rows)
     for i in range(REPEAT):
@@ -136,6 +137,7 @@ def _qkv_kernel(
         keep = row < count
         kv_row = tl.load(kv_rows + row, mask=keep, other=-1)
         if KIND == "none":
+            wait_previous(PDL)
             line = x + row[:, None].to(tl.int64) * x_stride + head * HEAD_DIM
             low_mask = keep[:, None] & low_valid[None, :]
             a = tl.load(line + low[None, :], mask=low_mask, other=0.0).to(tl.float32)
@@ -143,6 +145,13 @@ def _qkv_kernel(
             b = tl.load(line + high[None, :], mask=high_mask, other=0.0).to(tl.float32)
         else:
             keep, spot, ring_row = locate_rows(row, first_row, count, meta, W, RING, MODE, M)
+            low_past = load_past(
+                ring, ring_stride, spot, offset + low, low_convolved, W, RING, MODE
+            )
+            high_past = load_past(
+                ring, ring_stride, spot, offset + high, high_convolved, W, RING, MODE
+            )
+            wait_previous(PDL)
             code_row = row
             if GENERATE == "swap":
                 code_row = first_row + swap_rows(M)
@@ -163,14 +172,22 @@ def _qkv_kernel(
             else:
                 high_code = low_code
             column = head * HEAD_DIM
-            low_window = load_window(
-                x, x_stride, ring, ring_stride, row, first_row, count, meta, spot,
-                column + low, offset + low, low_valid, low_convolved, W, RING, MODE, M,
-            )  # fmt: skip
-            high_window = load_window(
-                x, x_stride, ring, ring_stride, row, first_row, count, meta, spot,
-                column + high, offset + high, high_valid, high_convolved, W, RING, MODE, M,
-            )  # fmt: skip
+            if MODE == "long":
+                low_window = load_window(
+                    x, x_stride, ring, ring_stride, row, first_row, count, meta, spot,
+                    column + low, offset + low, low_valid, low_convolved, W, RING, MODE, M,
+                )  # fmt: skip
+                high_window = load_window(
+                    x, x_stride, ring, ring_stride, row, first_row, count, meta, spot,
+                    column + high, offset + high, high_valid, high_convolved, W, RING, MODE, M,
+                )  # fmt: skip
+            else:
+                low_window = join_past(
+                    x, x_stride, row, count, spot, low_past, column + low, low_valid, W, MODE
+                )
+                high_window = join_past(
+                    x, x_stride, row, count, spot, high_past, column + high, high_valid, W, MODE
+                )
         angle = rope + row[:, None].to(tl.int64) * ROTARY + pair[None, :]
         angle_mask = keep[:, None] & turned[None, :]
         cos = tl.load(angle, mask=angle_mask, other=1.0)
@@ -282,20 +299,22 @@ def qkv_rope_write(
         "HEAD": filters.head_size, "KIND": filters.kind,
         "GENERATE": _generate_mode(filters, parts, pairs, head_dim, rope.shape[1], tile.generate),
     }  # fmt: skip
-    lowrank = runs and filters.kind == "lowrank"
     if not runs:
         _qkv_kernel[grid](*arguments, R=filters.rank, **tiled, **shapes, **kinds)
-    elif lowrank:
-        grid = (heads, triton_conv.stretches(count, seqs, tile.rows))
-        qkv_lowrank_runs_kernel[grid](
-            *arguments[:19], batch.offsets, batch.starts, batch.slots, batch.ring_rows,
-            batch.kv_rows, seqs, R=filters.rank, **triton_conv.marching(tile, seqs, qkv), **shapes,
-        )  # fmt: skip
     else:
-        rows = tile.rows * tile.channels // 256
-        grid = (heads, triton.cdiv(count, rows * (256 // pairs)))
-        qkv_runs_kernel[grid](*arguments, J=rows, **shapes, **kinds)
-    if mode == "long" and not lowrank:
+        grid = (heads, triton_conv.stretches(count, seqs, tile.rows))
+        arguments = (
+            *arguments[:19], batch.offsets, batch.starts, batch.slots, batch.ring_rows,
+            batch.kv_rows, seqs,
+        )  # fmt: skip
+        shapes = {**shapes, **triton_conv.stretched(tile, seqs, qkv)}
+        if filters.kind == "lowrank":
+            qkv_lowrank_runs_kernel[grid](
+                *arguments, R=filters.rank, WARPS=tile.warps, STAGES=tile.stages, **shapes
+            )
+        else:
+            qkv_runs_kernel[grid](*arguments, **shapes, **kinds)
+    if mode == "long" and not runs:
         triton_conv.store_ring(qkv, filters, ring, batch)
     return q
 

@@ -46,26 +46,28 @@ def _norm_kernel(
     SHARED: tl.constexpr,
     GATED: tl.constexpr,
     EPS: tl.constexpr,
+    M: tl.constexpr,
     N: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """RMSNorm of one group of one row [WIDTH] float32, times silu(gate) if GATED; `SHARED`: all
+    """RMSNorm of one group of M rows [WIDTH] float32, times silu(gate) if GATED; `SHARED`: all
     groups have one weight."""
     start_next(PDL)
-    j = tl.arange(0, N)
+    j = tl.arange(0, N)[None, :]
     group = tl.program_id(0)
-    row = tl.program_id(1).to(tl.int64)
+    row = (tl.program_id(1) * M + tl.arange(0, M)).to(tl.int64)[:, None]
     weight_at = j if SHARED else group * WIDTH + j
     weight = tl.load(norm + weight_at, mask=j < WIDTH, other=0.0).to(tl.float32)
+    position = tl.load(positions + row, mask=row < count, other=-1)
+    keep = (j < WIDTH) & (position >= 0)  # nobody wrote x where a row is padding
     wait_previous(PDL)
     place = row * (GROUPS * WIDTH) + group * WIDTH + j
-    keep = (j < WIDTH) & (tl.load(positions + row) >= 0)  # nobody wrote x where a row is padding
     value = tl.load(x + place, mask=keep, other=0.0)
-    y = value * tl.rsqrt(tl.sum(value * value, axis=0) / WIDTH + EPS) * weight
+    y = value * tl.rsqrt(tl.sum(value * value, axis=1) / WIDTH + EPS)[:, None] * weight
     if GATED:
         there = gate + row * gate_stride + group * WIDTH + j
-        y *= silu(tl.load(there, mask=j < WIDTH, other=0.0).to(tl.float32))
-    tl.store(out + place, y.to(out.dtype.element_ty), mask=j < WIDTH)
+        y *= silu(tl.load(there, mask=keep, other=0.0).to(tl.float32))
+    tl.store(out + place, y.to(out.dtype.element_ty), mask=(j < WIDTH) & (row < count))
 
 
 def delta_rule(
@@ -229,10 +231,11 @@ def _normed(
     count, width = len(x), x.shape[1] // groups
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
     block = triton.next_power_of_2(width)
-    _norm_kernel[(groups, count)](
+    rows = 1 if count <= 256 else max(1, min(8, 2048 // block))
+    _norm_kernel[(groups, triton.cdiv(count, rows))](
         x, gate, gate.stride(0), norm, out, batch.positions, count, WIDTH=width, GROUPS=groups,
-        SHARED=is_delta, GATED=is_delta, EPS=eps, N=block, num_warps=max(1, min(8, block // 256)),
-        **overlapped(x),
+        SHARED=is_delta, GATED=is_delta, EPS=eps, M=rows, N=block,
+        num_warps=max(1, min(8, rows * block // 256)), **overlapped(x),
     )  # fmt: skip
     return out
 

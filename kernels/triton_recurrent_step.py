@@ -39,56 +39,94 @@ def vectors(line, column, mask, SILU: tl.constexpr):
 
 
 @triton.jit
+def recall(
+    channel,
+    mask,
+    static,
+    ring,
+    ring_stride,
+    ring_row,
+    position,
+    WHICH: tl.constexpr,
+    CONV: tl.constexpr,
+    STREAMS: tl.constexpr,
+):
+    """What the convolution of q, k or v takes from earlier steps: its W static taps, and then its
+    W - 1 past inputs, the latest first."""
+    known = (channel,)
+    if STREAMS[WHICH][0] >= 0:
+        W: tl.constexpr = CONV[1]
+        D: tl.constexpr = CONV[2]
+        RING: tl.constexpr = CONV[3]
+        covered = STREAMS[WHICH][0] + channel
+        slot_row = ring_row - (ring_row & (RING - 1))
+        known = ()
+        for w in tl.static_range(W):
+            known = known + (tl.load(static + w * D + covered, mask=mask, other=0.0),)
+        for w in tl.static_range(1, W):
+            there = ring + (slot_row + ((position - w) & (RING - 1))) * ring_stride + covered
+            past = tl.load(there, mask=mask & (position >= w), other=0.0)
+            known = known + (past.to(tl.float32),)
+    return known
+
+
+@triton.jit
 def stream(
     line,
     channel,
     mask,
-    windows,
+    known,
+    code,
+    bias,
     WHICH: tl.constexpr,
     SILU: tl.constexpr,
     CONV: tl.constexpr,
     STREAMS: tl.constexpr,
 ):
-    """Some channels of one row's q, k or v -> (float32 after its convolution, if any; raw)."""
+    """Some channels of one row's q, k or v -> (float32 after its convolution, if any; raw).
+
+    known: see `recall`. code: the row's z.
+    """
+    now = tl.load(line + channel, mask=mask, other=0.0)
     if STREAMS[WHICH][0] < 0:
-        now = tl.load(line + channel, mask=mask, other=0.0)
         y = now.to(tl.float32)
         if SILU:
             y = silu(y)
     else:
         KIND: tl.constexpr = CONV[0]
         W: tl.constexpr = CONV[1]
-        D: tl.constexpr = CONV[2]
-        RING: tl.constexpr = CONV[3]
-        static, bias, ring, ring_stride, ring_row, position, code = windows
-        covered = STREAMS[WHICH][0] + channel
-        now = tl.load(line + channel, mask=mask, other=0.0)
-        slot_row = ring_row - (ring_row & (RING - 1))
         taps = code + STREAMS[WHICH][1] + (channel // CONV[4]) * W
         y = tl.zeros(channel.shape, tl.float32)
         if CONV[5]:
-            y += tl.load(bias + covered, mask=mask, other=0.0)
+            y += tl.load(bias + STREAMS[WHICH][0] + channel, mask=mask, other=0.0)
         for w in tl.static_range(W):
-            f = tl.load(static + w * D + covered, mask=mask, other=0.0)
+            f = known[w]
             if KIND == "headwise":
                 f += tl.load(taps + w, mask=mask, other=0.0).to(tl.float32)
             if w == 0:
                 y += f * now.to(tl.float32)
             else:
-                there = ring + (slot_row + ((position - w) & (RING - 1))) * ring_stride + covered
-                y += f * tl.load(there, mask=mask & (position >= w), other=0.0).to(tl.float32)
+                y += f * known[W - 1 + w]
         y = silu(y)
     return y, now
 
 
 @triton.jit
-def keep(now, channel, mask, windows, WHICH: tl.constexpr, STREAMS: tl.constexpr):
+def keep(
+    now,
+    channel,
+    mask,
+    ring,
+    ring_stride,
+    ring_row,
+    WHICH: tl.constexpr,
+    STREAMS: tl.constexpr,
+):
     """Stores a stream's raw input in the ring: no row that is read in this step is written in it.
 
     Called after every load, because none is moved above a store.
     """
     if STREAMS[WHICH][0] >= 0:
-        _static, _bias, ring, ring_stride, ring_row, _position, _code = windows
         tl.store(ring + ring_row * ring_stride + STREAMS[WHICH][0] + channel, now, mask=mask)
 
 
@@ -152,34 +190,55 @@ def step_kernel(
     i = tl.arange(0, KP)
     head_rate = tl.load(rate + head)
     head_bias = tl.load(dt_bias + head)
-    wait_previous(PDL)
+    # State and windows of earlier steps are on their way before the kernel before is done: until
+    # this kernel, none of the step writes them.
     row = tl.load(offsets + seq)
-    if tl.load(offsets + seq + 1) > row:
-        position = tl.load(starts + seq)
-        has_past = position > 0
-        slot = tl.load(slots + seq).to(tl.int64)
+    is_live = tl.load(offsets + seq + 1) > row
+    position = tl.load(starts + seq)
+    slot = tl.load(slots + seq).to(tl.int64)
+    # The row is live, so its ring row is in its own slot.
+    ring_row = tl.load(ring_rows + row, mask=is_live, other=0)
+    key = (head // GROUP) * K + i
+    is_key = is_live & (i < K)
+    known_q = recall(
+        key, is_key, static, ring, ring_stride, ring_row, position, 0, CONV, STREAMS
+    )  # fmt: skip
+    known_k = recall(
+        key, is_key, static, ring, ring_stride, ring_row, position, 1, CONV, STREAMS
+    )  # fmt: skip
+    base = state + (slot * HEADS + head) * (K * V)
+    befores = ()
+    knowns = ()
+    for block in tl.static_range(BLOCKS):
+        j = start + block * N + tl.arange(0, N)
+        inside = (i < K)[:, None] & (j < V)[None, :] & is_live & (position > 0)
+        place = base + i[:, None] * V + j[None, :]
+        befores = befores + (tl.load(place, mask=inside, other=0.0),)
+        known = recall(
+            head * V + j, is_live & (j < V), static, ring, ring_stride, ring_row, position, 2, CONV,
+            STREAMS,
+        )  # fmt: skip
+        knowns = knowns + (known,)
+    wait_previous(PDL)
+    if is_live:
         line = x + row.to(tl.int64) * x_stride
         code = z + row.to(tl.int64) * z_stride
-        # The row is live, so its ring row is in its own slot.
-        ring_row = tl.load(ring_rows + row)
-        windows = (static, bias, ring, ring_stride, ring_row, position, code)
-        key = (head // GROUP) * K + i
-        q, raw_q = stream(line + Q_AT, key, i < K, windows, 0, SILU_Q, CONV, STREAMS)
-        k, raw_k = stream(line + K_AT, key, i < K, windows, 1, SILU_K, CONV, STREAMS)
+        q, raw_q = stream(
+            line + Q_AT, key, i < K, known_q, code, bias, 0, SILU_Q, CONV, STREAMS
+        )  # fmt: skip
+        k, raw_k = stream(
+            line + K_AT, key, i < K, known_k, code, bias, 1, SILU_K, CONV, STREAMS
+        )  # fmt: skip
         soft = softplus(tl.load(a + row * a_stride + head).to(tl.float32) + head_bias)
         decay = tl.exp(head_rate * soft)
-        base = state + (slot * HEADS + head) * (K * V)
-        befores = ()
         values = ()
         raws = ()
         gates = ()
         for block in tl.static_range(BLOCKS):
             j = start + block * N + tl.arange(0, N)
-            inside = (i < K)[:, None] & (j < V)[None, :]
-            place = base + i[:, None] * V + j[None, :]
-            befores = befores + (tl.load(place, mask=inside & has_past, other=0.0),)
             v, raw_v = stream(
-                line + V_AT, head * V + j, j < V, windows, 2, SILU_V, CONV, STREAMS
+                line + V_AT, head * V + j, j < V, knowns[block], code, bias, 2, SILU_V, CONV,
+                STREAMS,
             )  # fmt: skip
             values = values + (v,)
             raws = raws + (raw_v,)
@@ -194,8 +253,8 @@ def step_kernel(
             head_skip = tl.load(skip + head)
         # Value heads that share a key head all convolve it; one of them keeps the input.
         is_keeper = (i < K) & (head % GROUP == 0) & (start == 0)
-        keep(raw_q, key, is_keeper, windows, 0, STREAMS)
-        keep(raw_k, key, is_keeper, windows, 1, STREAMS)
+        keep(raw_q, key, is_keeper, ring, ring_stride, ring_row, 0, STREAMS)
+        keep(raw_k, key, is_keeper, ring, ring_stride, ring_row, 1, STREAMS)
         squares = 0.0
         results = ()
         for block in tl.static_range(BLOCKS):
@@ -209,7 +268,7 @@ def step_kernel(
                 u = values[block] * soft
             after += k[:, None] * u[None, :]
             tl.store(place, after, mask=inside)
-            keep(raws[block], head * V + j, j < V, windows, 2, STREAMS)
+            keep(raws[block], head * V + j, j < V, ring, ring_stride, ring_row, 2, STREAMS)
             o = tl.sum(after * q[:, None], axis=0)
             if FUSED:
                 squares += tl.sum(tl.where(j < V, o * o, 0.0), axis=0)

@@ -1,12 +1,15 @@
 # Triton's kernel language is not Python's: constexpr arguments, launch options, static ranges.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 # pyright: reportOperatorIssue=false, reportReturnType=false, reportAssignmentType=false
-"""Token ids in and out: the embedding gather, and the greedy choice over logits.
+"""Token ids in and out: what the step before chose, the embedding gather, the greedy choice over
+logits, and where it is kept.
 
 Knows nothing of sampling parameters or of sequences.
 """
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -15,8 +18,14 @@ from torch import Tensor
 
 from .triton_launch import overlapped, start_next, wait_previous
 
+if TYPE_CHECKING:
+    from .batch import FlatBatch
+
 PART = 8192
 """Logits that one program looks at."""
+
+ROWS = 128
+"""Token rows that one program looks at."""
 
 
 @triton.jit
@@ -32,6 +41,34 @@ def _embed_kernel(
     mask = (column < H) & known
     value = tl.load(table + tl.where(known, token, 0) * table_stride + column, mask=mask, other=0.0)
     tl.store(out + row * H + column, value, mask=column < H)
+
+
+@triton.jit(do_not_specialize=["count"])
+def _fed_kernel(ids, last, slots, row_seq, out, count, N: tl.constexpr, PDL: tl.constexpr):
+    start_next(PDL)
+    row = tl.program_id(0) * N + tl.arange(0, N)
+    inside = row < count
+    token = tl.load(ids + row, mask=inside, other=0)
+    slot = tl.load(slots + tl.load(row_seq + row, mask=inside, other=0), mask=inside, other=0)
+    wait_previous(PDL)
+    fed = tl.load(last + slot, mask=inside & (token < 0), other=0)
+    tl.store(out + row, tl.maximum(tl.where(token < 0, fed, token), 0), mask=inside)
+
+
+@triton.jit(do_not_specialize=["count"])
+def _keep_kernel(
+    ids, rows, last, slots, row_seq, offsets, count, N: tl.constexpr, PDL: tl.constexpr
+):
+    start_next(PDL)
+    i = tl.program_id(0) * N + tl.arange(0, N)
+    row = tl.load(rows + i, mask=i < count, other=-1)
+    inside = row >= 0  # a batch of nobody asks for the row before its first
+    seq = tl.load(row_seq + row, mask=inside, other=0)
+    slot = tl.load(slots + seq, mask=inside, other=0)
+    is_last = tl.load(offsets + seq + 1, mask=inside, other=0) - 1 == row
+    wait_previous(PDL)
+    token = tl.load(ids + i, mask=inside, other=0)
+    tl.store(last + slot, token, mask=inside & is_last)
 
 
 @triton.jit
@@ -75,11 +112,48 @@ def _row_best_kernel(best_in, at_in, ids, PARTS: tl.constexpr, N: tl.constexpr, 
     tl.store(ids + row, tl.where(finite, first, -1).to(tl.int64))
 
 
+def fed_tokens(token_ids: Tensor, last: Tensor, batch: FlatBatch) -> Tensor:
+    """See `TokenOps.fed_tokens`."""
+    count, out = len(token_ids), torch.empty_like(token_ids)
+    _fed_kernel[(triton.cdiv(count, ROWS),)](
+        token_ids,
+        last,
+        batch.slots,
+        batch.row_seq,
+        out,
+        count,
+        N=ROWS,
+        num_warps=4,
+        **overlapped(last),
+    )
+    return out
+
+
+def keep_tokens(ids: Tensor, rows: Tensor, last: Tensor, batch: FlatBatch) -> None:
+    """See `TokenOps.keep_tokens`; nothing is written to slot 0 but by its owners, nobody."""
+    if not len(ids):
+        return
+    _keep_kernel[(triton.cdiv(len(ids), ROWS),)](
+        ids,
+        rows,
+        last,
+        batch.slots,
+        batch.row_seq,
+        batch.offsets,
+        len(ids),
+        N=ROWS,
+        num_warps=4,
+        **overlapped(last),
+    )
+
+
 def embed(token_ids: Tensor, table: Tensor) -> Tensor:
-    """See `Ops.embed`; an id outside the table (a row that belongs to nobody) gives zeros."""
+    """See `TokenOps.embed`; an id outside the table (a row that belongs to nobody) gives zeros."""
     vocab, width = table.shape
     table = table if table.stride(1) == 1 else table.contiguous()
     out = torch.empty((len(token_ids), width), dtype=table.dtype, device=table.device)
+    if width == 0:  # the rope of a model without attention
+        return out
     block = min(1024, triton.next_power_of_2(width))
     _embed_kernel[(len(token_ids), triton.cdiv(width, block))](
         token_ids,
@@ -96,7 +170,7 @@ def embed(token_ids: Tensor, table: Tensor) -> Tensor:
 
 
 def argmax(logits: Tensor) -> Tensor:
-    """See `Ops.argmax`."""
+    """See `TokenOps.argmax`."""
     rows, vocab = logits.shape
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
     block = min(PART, triton.next_power_of_2(vocab))

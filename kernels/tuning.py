@@ -22,14 +22,14 @@ class ConvTile:
     channels: int
     warps: int
     generate: str = "dot"
-    """See `triton_filters`. "runs", for long runs alone: `triton_runs`, one warp, rows x channels =
-    256 J, and of low-rank filters `triton_lowrank_runs`."""
+    """See `triton_filters`. "runs", for long runs alone: `triton_runs`, rows x channels a multiple
+    of 256 x warps, and of low-rank filters `triton_lowrank_runs`."""
     repeat: int = 1
     """Row tiles that one program takes in turn, with the weights kept in registers."""
     stages: int = 1
     """Steps of "runs" of low-rank filters whose inputs are on their way or in use."""
     registers: int = 0
-    """Most registers of a thread of "runs" of low-rank filters; 0: as many as it likes."""
+    """Most registers of a thread of "runs"; 0: as many as it likes."""
 
 
 def conv_tile(rows: int, filters: ConvFilter, run: int) -> ConvTile:
@@ -37,19 +37,20 @@ def conv_tile(rows: int, filters: ConvFilter, run: int) -> ConvTile:
 
     `run`: rows a sequence on average if some runs are long and the kernel of "runs" takes them.
     """
-    if run > 0 and rows > 512:
-        if filters.kind != "lowrank":
-            return ConvTile(4, 256, 1, "runs")
+    if rows > 512:
+        sizes = [s.stop - s.start for s in filters.streams]
+        if filters.kind != "lowrank" and run >= 8:
+            wide = all(size % 512 == 0 for size in sizes)
+            return ConvTile(8, 512, 2, "runs") if wide else ConvTile(8, 256, 1, "runs")
         if run >= 64:
-            wide = all((s.stop - s.start) % 64 == 0 for s in filters.streams)
-            channels = 64 if wide else 32
-            programs = filters.channels // channels * rows
-            size = _stretch(programs, 700)
-            # Capped, more programs run at once, and spill: worth it if all of them then fit.
-            registers = 168 if programs <= 800 * size else 0
-            return ConvTile(size, channels, channels // 32, "runs", stages=3, registers=registers)
-    if filters.kind == "lowrank" and filters.rank <= 16 and 1 < rows <= 8:
-        return ConvTile(2, 64, 2, "fma")
+            channels = next((n for n in (128, 64) if all(size % n == 0 for size in sizes)), 32)
+            size = _stretch(filters.channels // 128 * rows)
+            return ConvTile(size, channels, channels // 32, "runs", stages=3, registers=168)
+    if filters.kind == "lowrank" and filters.rank <= 16 and 1 < rows <= 512:
+        if rows <= 8:
+            return ConvTile(2, 64, 2, "fma")
+        few = rows <= 32 and filters.channels <= 4096
+        return ConvTile(16, 32, 1, "swap") if few else ConvTile(16, 64, 4)
     return pair_tile(rows, filters)
 
 
@@ -60,7 +61,7 @@ def pair_tile(rows: int, filters: ConvFilter) -> ConvTile:
             return ConvTile(16, 64, 4)
         if rows == 1:
             return ConvTile(1, 32, 1, "fma")
-        return ConvTile(16, 64, 4) if rows <= 512 else ConvTile(64, 32, 4, "swap")
+        return ConvTile(16, 64, 4) if rows <= 16 else ConvTile(64, 32, 4, "swap")
     if rows <= 64:
         return ConvTile(1, 128, 1)
     return ConvTile(4, 128, 4) if rows <= 512 else ConvTile(8, 128, 4)
@@ -71,11 +72,13 @@ def qkv_tile(rows: int, filters: ConvFilter | None, run: int, half: int) -> Conv
 
     `run`: as in `conv_tile`. `half`: pairs of a head.
     """
-    if run > 0 and rows > 512 and filters is not None:
-        if filters.kind != "lowrank":
-            return ConvTile(16, 64, 1, "runs")
+    if rows > 512 and filters is not None:
+        if filters.kind != "lowrank" and run >= 8:
+            # Two rows a thread; a stretch has at least width - 1.
+            size = max(512 // half, 4 if filters.width <= 5 else 8)
+            return ConvTile(size, half, 1, "runs", registers=128)
         if run >= 64:
-            size = _stretch(filters.channels // (2 * half) * rows, 350)
+            size = _stretch(filters.channels // (2 * half) * rows)
             return ConvTile(size, half, half // 16, "runs", stages=2, registers=168)
     if filters is None:
         return ConvTile(8, 64, 4) if rows <= 512 else ConvTile(16, 64, 4)
@@ -86,13 +89,13 @@ def qkv_tile(rows: int, filters: ConvFilter | None, run: int, half: int) -> Conv
     return ConvTile(16, 64, 4) if rows <= 512 else ConvTile(64, 32, 4, "swap")
 
 
-def _stretch(programs: int, least: int) -> int:
-    """Rows of a program of `triton_lowrank_runs`: many, as long as `least` programs remain.
+def _stretch(programs: int) -> int:
+    """Rows of a program of low-rank "runs": many, as long as enough programs remain.
 
-    `programs`: how many there would be of one row.
+    `programs`: how many there would be of one row, of 128 channels each. 396 run at once.
     """
     size = 512
-    while size > 64 and programs < least * size:
+    while size > 64 and programs < 350 * size:
         size //= 2
     return size
 
@@ -117,6 +120,13 @@ def split_tile(heads: int, max_len: int) -> SplitTile:
     return SplitTile(64, splits, 8 if splits > 1 else 4, 2)
 
 
+def split_early(tile: SplitTile, heads: int, max_len: int) -> bool:
+    """Whether a part's first keys wait in registers: where they are most of it, and the programs,
+    which are larger so, still run all at once. Arguments as `split_tile`'s."""
+    few = heads * tile.splits * tile.warps <= 132 * 16
+    return few and max_len <= 2 * tile.keys * tile.splits
+
+
 @dataclass(frozen=True)
 class DecodeTile:
     """Attention of one row without groups: keys that a group of lanes takes at a time, parts a
@@ -134,6 +144,9 @@ def decode_tile(heads: int, max_len: int) -> DecodeTile | None:
     if heads > 256:
         return None
     most = -(-max_len // 32)
+    if 64 < heads <= 132:
+        # A program a multiprocessor, and nothing to combine.
+        return DecodeTile(2, 1, 16, 1)
     # As many programs as run at once.
     if heads <= 32:
         return DecodeTile(4, max(1, min(924 // heads, most, 32)), 2, 2)
@@ -175,12 +188,29 @@ class LinearTile:
     """Parts of the depth that programs of their own take; see `triton_linear.linear_parts`."""
 
 
+EXACT: dict[tuple[int, int], dict[int, LinearTile]] = {
+    (17920, 1536): {8: LinearTile(8, 16, 512, 4, 2, 4, 1), 64: LinearTile(64, 64, 64, 4, 4)},
+    (8864, 1536): {1: LinearTile(1, 4, 512, 4, 1), 8: LinearTile(8, 16, 512, 4, 2, 4, 1)},
+    (1536, 8960): {1: LinearTile(1, 1, 1024, 4, 1)},
+    (151936, 1536): {1: LinearTile(1, 4, 512, 4, 1)},
+    (1536, 3072): {1: LinearTile(1, 2, 512, 2, 1)},
+    (2048, 8192): {1: LinearTile(1, 1, 1024, 4, 1)},
+    (3072, 2048): {32: LinearTile(32, 32, 256, 4, 3)},
+}
+"""Layers of Jet-Nemotron-2B and LFM2-1.2B whose outputs make too many or too few programs for 132
+multiprocessors by the rules below: (outputs, inputs) -> most rows -> tile."""
+
+
 def linear_tile(
     rows: int, out_features: int, in_features: int, dtype: torch.dtype, *, gated: bool = False
 ) -> LinearTile | None:
     """None: cuBLAS is as fast. `gated`: with the SiLU product that follows in the same launch."""
     if dtype.itemsize != 2:
         return None
+    most = rows if rows < 3 else 8 if rows <= 8 else 1 << (rows - 1).bit_length()
+    exact = EXACT.get((out_features, in_features), {}).get(most)
+    if exact is not None:
+        return exact
     deep, wide = in_features > 4096, out_features >= 6000
     # A GEMV holds its weights in registers: at most 256 a thread.
     warps = 1 << (-(-in_features // 8192) - 1).bit_length()
@@ -200,7 +230,6 @@ def linear_tile(
         if 8000 <= out_features < 50_000:
             return LinearTile(64, 64, 128, 4, 3)
         return LinearTile(64, 64, 64, 4, 8 if out_features < 8000 else 4) if wide else None
-    most = 8 if rows <= 8 else 16 if rows <= 16 else 32
     if wide:
         if rows <= 8 and out_features >= 50_000:
             return LinearTile(8, 16, 512, 4, 4, 4)
@@ -210,6 +239,11 @@ def linear_tile(
             return LinearTile(16, 64, 128, 4, 3, early=2)
         if rows > 8 and out_features < 8000:
             return LinearTile(most, 64, 256, 4, 3)
+        if rows > 16:
+            head = out_features >= 50_000
+            return (
+                LinearTile(32, 128, 128, 8, 3) if head else LinearTile(32, 64, 128, 4, 3, early=1)
+            )
         return LinearTile(most, 64, 128, 4, 4)
     if rows > 16:
         return LinearTile(32, 16, 512, 4, 4, 4)

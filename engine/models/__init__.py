@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ...kernels import Ops
 from .config import ModelConfig, read_config
 from .decoder import Decoder, load_decoder
 from .errors import ModelError
@@ -17,6 +18,7 @@ __all__ = [
     "ForwardBatch",
     "ModelConfig",
     "ModelError",
+    "Ops",
     "load_decoder",
     "load_model",
     "read_config",

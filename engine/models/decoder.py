@@ -40,7 +40,7 @@ class Decoder:
         self.num_elements = reader.total_elements
         self.dtype = dtype
         self.device = device
-        self._ops = ops
+        self.ops = ops
         c = config
         names = c.names
         table = reader.take(f"{names.embeddings}.weight", (c.vocab_size, c.hidden_size))
@@ -69,36 +69,10 @@ class Decoder:
             else torch.empty((c.max_positions, 0), device=device)
         )
 
-    @property
-    def is_capturable(self) -> bool:
-        """See `engine.runner.Model`."""
-        return self._ops.is_capturable
-
-    @property
-    def vocab_size(self) -> int:
-        """Logits per row."""
-        return self.config.vocab_size
-
-    def argmax(self, logits: Tensor) -> Tensor:
-        """Greedy choices [L] int64 of logits [L, vocab]; -1 where a row is not finite."""
-        return self._ops.argmax(logits)
-
-    def sample(
-        self,
-        logits: Tensor,
-        temperature: Tensor,
-        top_k: Tensor,
-        top_p: Tensor,
-        min_p: Tensor,
-        numbers: Tensor,
-    ) -> Tensor:
-        """See `Ops.sample`."""
-        return self._ops.sample(logits, temperature, top_k, top_p, min_p, numbers)
-
     def forward(self, batch: ForwardBatch) -> Tensor:
         """Runs one step: reads and writes state, returns logits [L, vocab] of the wanted rows."""
-        flat, ops = batch.flat, self._ops
-        rope = self._rope[flat.positions.clamp_min(0)]
+        flat, ops = batch.flat, self.ops
+        rope = ops.take_rows(self._rope, flat.positions)
         residual = ops.embed(batch.token_ids, self._table)
         x = ops.rms_norm(residual, self._norms[0].weight, self._norms[0].eps)
         dropper = RowDropper(batch, self._needed) if batch.shared is not None else None
@@ -111,7 +85,10 @@ class Decoder:
             if mlp is not None:
                 x, residual = mlp(x, residual, next(norms), state, flat)
         logit_rows = batch.logit_rows if dropper is None else dropper.logit_rows
-        return ops.linear(x[logit_rows], self._head)
+        # Of sequences of one row each that all want logits, every row is wanted, in its order.
+        if flat.max_rows > 1 or len(logit_rows) != len(x):
+            x = ops.take_rows(x, logit_rows)
+        return ops.linear(x, self._head)
 
     def _norm(self, reader: CheckpointReader, name: str) -> Norm:
         c = self.config

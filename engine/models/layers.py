@@ -155,7 +155,7 @@ class ExpertsBlock:
             self._experts.normalize,
         )
         if self._shared is not None:
-            hidden = ops.conv_silu_mul(ops.linear(x, self._shared.gate_up), None, None, None, batch)
+            hidden = ops.silu_linear(x, self._shared.gate_up)
             y = y + ops.sigmoid_mul(
                 ops.linear(hidden, self._shared.down), ops.linear(x, self._shared.gate)
             )

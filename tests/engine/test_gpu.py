@@ -4,7 +4,9 @@ gives the same bits wherever prompts are cut, and long random traffic leaves the
 from __future__ import annotations
 
 import random
+import tempfile
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -18,6 +20,7 @@ from convserve.engine.resolve import Limits
 from golden import GOLDEN
 from gpu_traffic import engine, run, tiny, traffic
 from safetensors.torch import load_file
+from tiny_models import config_of, write_model
 
 if TYPE_CHECKING:
     from convserve.engine.models import ForwardBatch
@@ -36,20 +39,21 @@ CHECKPOINTS = (
     "dynconv_all_linear",
 )
 HYBRIDS = ("hf_lfm2", "hf_mamba2", "hf_qwen3_next", "jet_nemotron_tiny")
+RECURRENT = ("delta", "delta lowrank", "delta headwise", "mamba2 headwise")
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [*VARIANTS, *RECURRENT])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_replayed_graph_gives_the_bits_of_the_eager_step(
     variant: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every step of random traffic, padding included: logits, choices, pages and rings."""
+    """Every step of random traffic, padding included: logits, choices, pages, rings, states."""
     core = engine(tiny(variant, dtype))
     runner = core._runner
     state = [
         t
         for layer in core._storage.layers
-        for t in (layer.k_pages, layer.v_pages, *layer.rings.values())
+        for t in (layer.k_pages, layer.v_pages, layer.recurrent, *layer.rings.values())
         if t is not None
     ] + [runner._last]
     used: set[object] = set()
@@ -219,3 +223,29 @@ def test_rings_after_long_random_traffic_are_what_a_fresh_engine_computes() -> N
     stats = core.stats()
     assert stats.pages_used == stats.slots_used == 0
     core.check_integrity()
+
+
+def test_every_kernel_of_a_start_is_compiled_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One by one they take a minute and more on an empty cache."""
+    from convserve.kernels import triton_compile
+
+    triton_jit = pytest.importorskip("triton.runtime.jit")
+    late: list[str] = []
+    compile_now = triton_jit.JITFunction._do_compile
+
+    def counted(self: Any, *args: Any) -> Any:
+        late.append(self.fn.__name__)
+        return compile_now(self, *args)
+
+    monkeypatch.setattr(triton_jit.JITFunction, "_do_compile", counted)
+    monkeypatch.setattr(triton_compile, "EXPECTED", ("self", "args"))
+    config = {**config_of("lowrank all"), "hidden_size": 80}  # nobody else's constants
+    with tempfile.TemporaryDirectory() as folder:
+        write_model(Path(folder) / "m", config)
+        model = load_model(Path(folder) / "m", torch.bfloat16, CUDA)
+    core = engine(model)
+    params = SamplingParams(temperature=0, max_tokens=4)
+    core.add(GenerateRequest(request_id="r", prompt=(1, 2, 3), params=params))
+    while core.has_work:
+        core.step()
+    assert not late

@@ -48,9 +48,8 @@ class Recorded:
     def __init__(self, model: Decoder) -> None:
         self.rows: Rows = set()
         self._model = model
-        self.state_spec, self.vocab_size = model.state_spec, model.vocab_size
-        self.is_capturable = model.is_capturable
-        self.argmax, self.sample = model.argmax, model.sample
+        self.state_spec = model.state_spec
+        self.ops = model.ops
 
     def forward(self, batch: ForwardBatch) -> Tensor:
         """See `Decoder`."""

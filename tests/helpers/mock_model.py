@@ -48,8 +48,7 @@ class MockModel:
     """See the module. Two convolutions in series, so that a window forgets what it held before
     only after 2 * (WIDTH - 1) tokens, as a real model's does."""
 
-    is_capturable = False
-    vocab_size = VOCAB
+    ops = Ops()
     replay_length: int | None = 2 * (WIDTH - 1)
 
     def __init__(self) -> None:
@@ -59,22 +58,6 @@ class MockModel:
         self.state_spec = StateSpec((layer,), torch.float64, self.replay_length)
         self.broken_after: int | None = None
         """Prefixes of this length or more give logits that are not finite."""
-
-    def argmax(self, logits: Tensor) -> Tensor:
-        """Greedy choices."""
-        return Ops().argmax(logits)
-
-    def sample(
-        self,
-        logits: Tensor,
-        temperature: Tensor,
-        top_k: Tensor,
-        top_p: Tensor,
-        min_p: Tensor,
-        numbers: Tensor,
-    ) -> Tensor:
-        """Draws."""
-        return Ops().sample(logits, temperature, top_k, top_p, min_p, numbers)
 
     def forward(self, batch: ForwardBatch) -> Tensor:
         """Stores the step's tokens, then reads each wanted row's prefix back."""

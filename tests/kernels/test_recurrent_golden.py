@@ -13,6 +13,9 @@ from flat_batches import flat_batch, poisoned_ring, read_ring
 from golden import cases, tensors, tolerance
 from torch import Tensor
 
+CHUNKS = [1, 2, 3, 4, 5, 1000]
+"""Up to one row more than the filters have taps; and whole."""
+
 
 def ids(kind: str) -> Any:
     return pytest.mark.parametrize("case", cases(kind), ids=lambda c: c["id"])
@@ -42,8 +45,9 @@ def test_gated_delta_rule(case: dict[str, Any], chunk: int) -> None:
     torch.testing.assert_close(state[slots], t["final_state"], **tolerance(case))
 
 
+@pytest.mark.parametrize("chunk", CHUNKS)
 @ids("op.jet_dynconv")
-def test_jet_dynamic_convolution(case: dict[str, Any]) -> None:
+def test_jet_dynamic_convolution(case: dict[str, Any], chunk: int) -> None:
     t, p = tensors(case), case["params"]
     width, channels, name = p["W"], p["D"], "kernel_generator"
     rows = t[f"{name}.w2.weight"].unflatten(0, (channels, width)).flip(1).flatten(0, 1)
@@ -57,26 +61,17 @@ def test_jet_dynamic_convolution(case: dict[str, Any]) -> None:
         head_size=1,
         activation=p["activation"],
     )
-    parts = [(0, p["prefill"]), *((p["prefill"] + i, 1) for i in range(p["steps"]))]
-    outs: list[Tensor] = []
-    ring = None
-    for start, count in parts:
-        batch = flat_batch([(start, count)] * p["B"])
-        ring = poisoned_ring(batch, channels) if ring is None else ring
-        part = slice(start, start + count)
-        x, code = (y[:, part].flatten(0, 1) for y in (t["x"], z))
-        y = Ops().conv(x, code, filters, ring, batch)
-        outs.append(y.view(p["B"], count, channels))
-    torch.testing.assert_close(torch.cat(outs, 1), t["y"], **tolerance(case))
+    y, ring = convolved(t["x"], z, filters, chunk)
+    torch.testing.assert_close(y, t["y"], **tolerance(case))
     end = p["prefill"] + p["steps"]
-    assert ring is not None
     for b, slot in enumerate(flat_batch([(0, 1)] * p["B"]).slots.tolist()):
         window = read_ring(ring, slot, end, width)
         torch.testing.assert_close(window.T, t["cache_after_steps"][b])
 
 
+@pytest.mark.parametrize("chunk", CHUNKS)
 @ids("op.inkling2_dynamic")
-def test_inkling2_dynamic(case: dict[str, Any]) -> None:
+def test_inkling2_dynamic(case: dict[str, Any], chunk: int) -> None:
     t, p = tensors(case), case["params"]
     static = t["static_weight"].clone()
     static[0] += 1
@@ -89,26 +84,37 @@ def test_inkling2_dynamic(case: dict[str, Any]) -> None:
         scale=(2 * p["W"] + 1) ** -0.5,
     )
     z = t["dynamic_input"] @ t["weight_proj.weight"].T
-    check_inkling2(case, t, filters, z)
+    y, _ = convolved(t["x"], z, filters, chunk)
+    torch.testing.assert_close(y, t["y"], **tolerance(case))
 
 
+@pytest.mark.parametrize("chunk", CHUNKS)
 @ids("op.inkling2_static")
-def test_inkling2_static(case: dict[str, Any]) -> None:
+def test_inkling2_static(case: dict[str, Any], chunk: int) -> None:
     t, p = tensors(case), case["params"]
     static = t["conv1d.weight"][:, 0].T.flip(0).contiguous()
     static[0] += 1
     filters = ConvFilter(
         "static", p["W"], (Stream(0, p["D"], 0),), static, scale=(p["W"] + 1) ** -0.5
     )
-    check_inkling2(case, t, filters, None)
+    y, _ = convolved(t["x"], None, filters, chunk)
+    torch.testing.assert_close(y, t["y"], **tolerance(case))
 
 
-def check_inkling2(
-    case: dict[str, Any], t: dict[str, Tensor], filters: ConvFilter, z: Tensor | None
-) -> None:
-    count, length = t["x"].shape[:2]
-    batch = flat_batch([(0, length)] * count)
-    code = None if z is None else z.flatten(0, 1)
-    ring = poisoned_ring(batch, filters.channels)
-    y = Ops().conv(t["x"].flatten(0, 1), code, filters, ring, batch)
-    torch.testing.assert_close(y.view_as(t["y"]), t["y"], **tolerance(case))
+def convolved(
+    x: Tensor, z: Tensor | None, filters: ConvFilter, chunk: int
+) -> tuple[Tensor, Tensor]:
+    """x [B, T, D] as B sequences of one flat batch, `chunk` rows at a time -> (y, ring)."""
+    count, length, channels = x.shape
+    outs: list[Tensor] = []
+    ring = None
+    for start in range(0, length, chunk):
+        rows = min(chunk, length - start)
+        batch = flat_batch([(start, rows)] * count)
+        ring = poisoned_ring(batch, channels) if ring is None else ring
+        part = slice(start, start + rows)
+        code = None if z is None else z[:, part].flatten(0, 1)
+        y = Ops().conv(x[:, part].flatten(0, 1), code, filters, ring, batch)
+        outs.append(y.view(count, rows, channels))
+    assert ring is not None
+    return torch.cat(outs, 1), ring

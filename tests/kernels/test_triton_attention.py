@@ -82,7 +82,7 @@ def test_a_single_query_meets_every_key_once(
     q = normal(3, 2, dim, dtype=dtype)
     live = live_only(layout.batch)
     truth = REFERENCE.attention(q.double(), k.double(), v.double(), live, 0.3, window)
-    for keys, warps, ahead in ((4, 1, 1), (8, 2, 3)):
+    for keys, warps, ahead in ((4, 1, 1), (8, 2, 3), (2, 16, 1)):
         out = torch.full((3, 2 * dim), float("nan"), device=DEVICE, dtype=dtype)
         tile = tuning.DecodeTile(keys, splits, warps, ahead)
         split(q, k, v, layout.batch, 0.3, window, out, 1, tile)

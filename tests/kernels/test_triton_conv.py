@@ -93,15 +93,23 @@ def test_conv_tiles(tile: tuning.ConvTile) -> None:
     check_conv(layout, filters, z_width, torch.bfloat16, columns=48, tile=tile)
 
 
-@pytest.mark.parametrize("kind", ["static", "headwise"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_long_runs(kind: str, dtype: torch.dtype) -> None:
-    """Tiles inside a sequence, over its edges, and past the last row; an uncovered part between."""
+@pytest.mark.parametrize(
+    ("kind", "dtype", "width", "head_size", "tile"),
+    [("static", torch.float32, 5, 8, (8, 256, 1)), ("static", torch.bfloat16, 4, 8, (64, 32, 1)),
+     ("headwise", torch.float32, 4, 4, (8, 512, 2)),
+     ("headwise", torch.bfloat16, 4, 8, (64, 32, 1))],
+    ids=str,
+)  # fmt: skip
+def test_long_runs(
+    kind: str, dtype: torch.dtype, width: int, head_size: int, tile: tuple[int, int, int]
+) -> None:
+    """Sequences of several stretches, of part of one, of a row; an uncovered part between."""
     torch.manual_seed(7)
-    layout = make_layout([(0, 150), (5, 70), (2, 1)], padding_rows=2)
-    filters, z_width = make_filter(kind, 4, [(0, 64), (80, 112)], head_size=8, dtype=dtype)
-    tile = tuning.ConvTile(64, 32, 1, "runs")
-    check_conv(layout, filters, z_width, dtype, columns=112, tile=tile)
+    layout = make_layout([(0, 45), (5, 20), (2, 1)], ring_len=8, padding_rows=2, padding_seqs=1)
+    filters, z_width = make_filter(
+        kind, width, [(0, 64), (80, 112)], head_size=head_size, dtype=dtype
+    )
+    check_conv(layout, filters, z_width, dtype, columns=112, tile=tuning.ConvTile(*tile, "runs"))
 
 
 @pytest.mark.parametrize(
@@ -126,10 +134,11 @@ def test_long_runs_of_lowrank_filters(
     check_conv(layout, filters, z_width, dtype, columns=192, tile=tile)
 
 
-def test_long_runs_add_a_residual() -> None:
+@pytest.mark.parametrize("kind", ["lowrank", "static"])
+def test_long_runs_add_a_residual(kind: str) -> None:
     torch.manual_seed(9)
     layout = make_layout([(2, 70)])
-    filters, z_width = make_filter("lowrank", 4, [(0, 32)])
+    filters, z_width = make_filter(kind, 4, [(0, 32)])
     x, z, residual = normal(70, 32), normal(70, z_width), normal(70, 32)
     ring = make_ring(layout, 4, 32, torch.float32)
     tile = tuning.ConvTile(32, 32, 1, "runs", stages=2)
@@ -138,13 +147,21 @@ def test_long_runs_add_a_residual() -> None:
     torch.testing.assert_close(both, alone + residual)
 
 
-@pytest.mark.parametrize("columns", [96, 112])
-def test_the_tile_of_many_rows(columns: int) -> None:
+LONG = [(3, 1500), (0, 40), (7, 1), (2, 700)] if ON_GPU else [(3, 500), (0, 40)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "edge", "columns"),
+    [("lowrank", 64, 96), ("lowrank", 64, 112),
+     *([("lowrank", 3072, 6144), ("lowrank", 576, 1152), ("headwise", 3072, 6144)]
+       if ON_GPU else [])],
+)  # fmt: skip
+def test_the_tile_of_many_rows(kind: str, edge: int, columns: int) -> None:
     """What the table picks for a long step, of streams that are whole tiles and of others."""
     torch.manual_seed(8)
-    layout = make_layout([(3, 500), (0, 40)])
-    filters, z_width = make_filter("lowrank", 4, [(0, 64), (64, columns)], dtype=torch.bfloat16)
-    check_conv(layout, filters, z_width, torch.bfloat16, columns=columns)
+    parts = [(0, edge), (edge, columns)]
+    filters, z_width = make_filter(kind, 4, parts, head_size=8, dtype=torch.bfloat16)
+    check_conv(make_layout(LONG), filters, z_width, torch.bfloat16, columns=columns)
 
 
 @pytest.mark.parametrize(("bias", "silu", "scale"), [(True, True, 0.5), (False, False, 2.0)])

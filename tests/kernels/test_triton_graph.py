@@ -86,7 +86,6 @@ def test_kernels_that_start_early_read_nothing_early(
     )
     table, norm = normal(500, hidden, dtype=dtype), normal(hidden, dtype=dtype)
     ids = torch.randint(0, 500, (rows,), device=DEVICE)
-    layout = make_layout([(5, 1)] * rows)
 
     def run() -> list[Tensor]:
         torch.cuda.synchronize()
@@ -95,7 +94,7 @@ def test_kernels_that_start_early_read_nothing_early(
         x = TRITON.rms_norm(residual, norm, 1e-5)
         for _ in range(60):
             x, residual = TRITON.add_rms_norm(TRITON.linear(x, o), residual, norm, 1e-5)
-            hidden = TRITON.conv_silu_mul(TRITON.linear(x, gate_up), None, None, None, layout.batch)
+            hidden = TRITON.silu_mul(TRITON.linear(x, gate_up))
             x, residual = TRITON.add_rms_norm(TRITON.linear(hidden, down), residual, norm, 1e-5)
             results.append(x)
         return [*results, TRITON.argmax(x)]

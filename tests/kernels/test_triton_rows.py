@@ -94,7 +94,7 @@ def test_qkv_of_long_runs(
 @pytest.mark.parametrize(
     ("dtype", "norm", "parts"),
     [(torch.float32, None, (0, 1, 2)), (torch.float32, ("head", "conv_first"), "one stream"),
-     (torch.bfloat16, ("head", "norm_first"), (0, 1, 2))],
+     (torch.bfloat16, ("head", "conv_first"), (0, 1, 2))],
     ids=str,
 )  # fmt: skip
 def test_qkv_of_long_runs_with_lowrank_filters(
@@ -109,10 +109,22 @@ def test_qkv_of_long_runs_with_lowrank_filters(
     )  # fmt: skip
 
 
-def test_the_qkv_tile_of_many_rows() -> None:
+NORM = ("head", "conv_first")
+RAGGED = [(3, 1500), (0, 40), (7, 1), (2, 700)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "heads", "runs", "norm"),
+    [("lowrank", (1, 1), [(3, 500), (0, 40)], None),
+     *([("lowrank", (4, 2), RAGGED, NORM), ("headwise", (4, 2), RAGGED, None)] if ON_GPU else [])],
+)  # fmt: skip
+def test_the_qkv_tile_of_many_rows(
+    kind: str, heads: tuple[int, int], runs: list[tuple[int, int]], norm: tuple[str, str] | None
+) -> None:
+    """What the table picks for a long step."""
     torch.manual_seed(13)
     check_qkv(
-        make_layout([(3, 500), (0, 40)]), "lowrank", torch.bfloat16, heads=(1, 1), head_dim=64
+        make_layout(runs), kind, torch.bfloat16, heads=heads, head_dim=64, conv_head=16, norm=norm
     )
 
 
@@ -248,9 +260,9 @@ def test_the_table_asks_for_no_more_than_the_device_has(monkeypatch: pytest.Monk
 
 def test_silu_linear_where_the_table_has_no_kernel() -> None:
     torch.manual_seed(10)
-    weight, x, batch = normal(24, 64), normal(3, 64), make_layout(DECODE).batch
-    truth = REFERENCE.silu_linear(x.double(), REFERENCE.pack_linear(weight.double(), None), batch)
-    assert_close(TRITON.silu_linear(x, TRITON.pack_linear(weight, None), batch), truth)
+    weight, x = normal(24, 64), normal(3, 64)
+    truth = REFERENCE.silu_linear(x.double(), REFERENCE.pack_linear(weight.double(), None))
+    assert_close(TRITON.silu_linear(x, TRITON.pack_linear(weight, None)), truth)
 
 
 def site(kind: str, parts: list[tuple[int, int]], dtype: torch.dtype):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from convserve.kernels import Ops, triton_sampling
 from convserve.kernels.triton_ops import TritonOps
-from triton_cases import DEVICE, normal
+from triton_cases import DEVICE, make_layout, normal
 
 REFERENCE, TRITON = Ops(), TritonOps()
 INF, NAN = float("inf"), float("nan")
@@ -54,6 +56,69 @@ def test_embed_of_a_row_that_belongs_to_nobody_reads_nothing() -> None:
     out = TRITON.embed(torch.tensor([-1, 2, 7], device=DEVICE), table)
     assert torch.equal(out[1], table[2])
     assert not out[[0, 2]].any()
+
+
+LENS = [(5, 1), (0, 3), (9, 1), (2, 2)] * 40
+"""Contexts and rows: 280 rows, more than one program looks at, beside 5 that belong to nobody."""
+
+
+@pytest.mark.parametrize("ops", [REFERENCE, TRITON], ids=["reference", "triton"])
+def test_an_unknown_token_is_the_last_one_of_its_own_slot(ops: Ops) -> None:
+    layout = make_layout(LENS, padding_rows=5)
+    batch, last = layout.batch, torch.randint(0, 1000, (layout.num_slots,))
+    last[int(batch.slots[2])] = -1  # its logits were broken
+    ids = torch.randint(0, 1000, (len(batch.positions),))
+    ids[::3] = -1
+    slots = batch.slots.tolist()
+    truth = [
+        token if token >= 0 else max(0, int(last[slots[seq]]))
+        for token, seq in zip(ids.tolist(), batch.row_seq.tolist(), strict=True)
+    ]
+    known = ids.clone().to(DEVICE)
+    assert ops.fed_tokens(known, last.to(DEVICE), batch).tolist() == truth
+    assert known.tolist() == ids.tolist()
+
+
+@pytest.mark.parametrize("ops", [REFERENCE, TRITON], ids=["reference", "triton"])
+def test_a_slot_keeps_what_its_last_row_chose(ops: Ops) -> None:
+    """Rows of a scored prompt have choices too, which are nobody's next token."""
+    layout = make_layout(LENS, padding_rows=5)
+    batch = layout.batch
+    ends = batch.offsets[1:].long() - 1
+    for rows in (ends, torch.arange(int(batch.offsets[-1]), device=DEVICE), ends[:0]):
+        chosen = torch.randint(0, 1000, (len(rows),), device=DEVICE)
+        last = torch.full((layout.num_slots,), 7777, device=DEVICE)
+        ops.keep_tokens(chosen, rows, last, batch)
+        by_row = dict(zip(rows.tolist(), chosen.tolist(), strict=True))
+        truth = [by_row.get(end, 7777) for end in ends.tolist()]
+        assert last[batch.slots.long()].tolist() == truth
+
+
+def test_a_batch_of_nobody_keeps_nothing() -> None:
+    """A captured step's first run: the row before the first must lead to no address."""
+    batch = make_layout([(0, 1)]).batch
+    # What lies before the fields of such a batch, where a row of -1 would look.
+    before = torch.tensor([-1, 0], dtype=torch.int32, device=DEVICE)
+    slots = torch.tensor([1, 0], dtype=torch.int32, device=DEVICE)
+    nobody = replace(batch, row_seq=before[1:], slots=slots[1:], offsets=batch.offsets * 0)
+    last = torch.full((4,), 7777, device=DEVICE)
+    rows = torch.tensor([-1], device=DEVICE)
+    TRITON.keep_tokens(torch.tensor([5], device=DEVICE), rows, last, nobody)
+    assert last.tolist() == [7777] * 4
+
+
+@pytest.mark.parametrize("width", [1, 48, 2050])
+def test_rows_are_taken_as_they_are(width: int) -> None:
+    table = normal(9, width)
+    table[8] = NAN
+    rows = torch.tensor([3, 0, -1, 7, 3], device=DEVICE)
+    wanted = table[rows.clamp_min(0)]
+    for ops in (REFERENCE, TRITON):
+        taken = ops.take_rows(table, rows)
+        assert torch.equal(taken[[0, 1, 3, 4]], wanted[[0, 1, 3, 4]])
+        assert not taken.isnan().any()
+        # Rotations of a model without attention.
+        assert ops.take_rows(table[:, :0], rows).shape == (len(rows), 0)
 
 
 FILTERS = [

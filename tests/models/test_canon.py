@@ -4,7 +4,6 @@ each head. Compared with a loop that knows no state, whole, in chunks and after 
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -14,7 +13,7 @@ from convserve.cache.pools import SequenceId
 from convserve.engine.models import ModelError, load_model
 from convserve.engine.models.config import parse_config
 from model_bench import TOKENS, Bench, sequence
-from safetensors.torch import save_file
+from tiny_canon import CANON, DIM, EPS, HEADS, KV, LAYERS, WIDTH, write_canon
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -22,30 +21,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CPU = torch.device("cpu")
-EPS, HEADS, KV, DIM, HIDDEN, INNER, LAYERS, WIDTH = 1e-5, 4, 2, 8, 24, 20, 2, 4
-BASE: dict[str, Any] = {
-    "model_type": "LlamaCanon",
-    "vocab_size": 64,
-    "hidden_size": HIDDEN,
-    "intermediate_size": INNER,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": HEADS,
-    "num_key_value_heads": KV,
-    "head_dim": DIM,
-    "max_position_embeddings": 256,
-    "rms_norm_eps": EPS,
-    "rope_theta": 10000.0,
-    "canon_set": "ABCD",
-    "canon_kernel": WIDTH,
-    "canon_residual": True,
-    "canon_activation": False,
-    "canon_bias": False,
-    "qk_norm": True,
-    "rope_dim": 4,
-    "rope_version": "lingua",
-    "tie_word_embeddings": False,
-}
-QKV = (HEADS + 2 * KV) * DIM
 CASES: dict[str, dict[str, Any]] = {
     "all, lingua": {},
     "all, whole heads": {"rope_version": "huggingface", "rope_dim": None, "qk_norm": False},
@@ -53,40 +28,6 @@ CASES: dict[str, dict[str, Any]] = {
     "before the blocks alone": {"canon_set": "AC", "rope_dim": None},
     "none": {"canon_set": ""},
 }
-
-
-def write(folder: Path, config: dict[str, Any]) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(3)
-    weights: dict[str, Tensor] = {}
-
-    def rand(name: str, *shape: int, scale: float | None = None) -> None:
-        size = shape[-1] ** -0.5 if scale is None else scale
-        weights[f"{name}.weight"] = torch.randn(*shape, generator=generator) * size
-
-    rand("model.embed_tokens", 64, HIDDEN, scale=1.0)
-    rand("lm_head", 64, HIDDEN)
-    rand("model.norm", HIDDEN, scale=1.0)
-    canon = {"A": ("canonA", HIDDEN), "B": ("self_attn.canonB", QKV)}
-    canon |= {"C": ("canonC", HIDDEN), "D": ("mlp.canonD", 2 * INNER)}
-    for i in range(LAYERS):
-        layer = f"model.layers.{i}"
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            rand(f"{layer}.{norm}", HIDDEN, scale=1.0)
-        for name, heads in (("q", HEADS), ("k", KV), ("v", KV)):
-            rand(f"{layer}.self_attn.{name}_proj", heads * DIM, HIDDEN)
-            if config["qk_norm"] and name != "v":
-                rand(f"{layer}.self_attn.{name}_norm", heads * DIM, scale=1.0)
-        rand(f"{layer}.self_attn.o_proj", HIDDEN, HEADS * DIM)
-        for name in ("gate", "up"):
-            rand(f"{layer}.mlp.{name}_proj", INNER, HIDDEN)
-        rand(f"{layer}.mlp.down_proj", HIDDEN, INNER)
-        for letter in config["canon_set"]:
-            name, width = canon[letter]
-            rand(f"{layer}.{name}", width, 1, WIDTH, scale=0.5)
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config))
-    save_file(weights, folder / "model.safetensors")
-    return weights
 
 
 def naive(config: dict[str, Any], stored: dict[str, Tensor], tokens: list[int]) -> Tensor:
@@ -139,8 +80,8 @@ def naive(config: dict[str, Any], stored: dict[str, Tensor], tokens: list[int]) 
 
 @pytest.mark.parametrize("case", CASES)
 def test_canon_means_what_its_code_says(case: str, tmp_path: Path) -> None:
-    config = {**BASE, **CASES[case]}
-    expected = naive(config, write(tmp_path / "m", config), TOKENS)
+    config = {**CANON, **CASES[case]}
+    expected = naive(config, write_canon(tmp_path / "m", config), TOKENS)
     model = load_model(tmp_path / "m", torch.float64, CPU, backend="reference")
     assert (
         model.state_spec.replay_length
@@ -164,4 +105,4 @@ def test_canon_means_what_its_code_says(case: str, tmp_path: Path) -> None:
 )
 def test_options_that_are_not_served_are_named(key: str, value: Any) -> None:
     with pytest.raises(ModelError, match=key):
-        parse_config({**BASE, key: value})
+        parse_config({**CANON, key: value})

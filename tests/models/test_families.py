@@ -19,6 +19,7 @@ from convserve.engine.models import Decoder, ModelError, load_model
 from convserve.engine.models.config import parse_config
 from convserve.engine.resolve import Limits
 from golden import GOLDEN
+from tiny_canon import CANON, write_canon
 from tiny_models import config_of, write_model
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 CPU = torch.device("cpu")
 GOLDEN_FAMILIES = ("hf_lfm2", "hf_mamba2", "hf_qwen3_next", "jet_nemotron_tiny")
-FAMILIES = (*GOLDEN_FAMILIES, "lowrank all", "delta lowrank", "mamba2 headwise")
+FAMILIES = (*GOLDEN_FAMILIES, "canon", "lowrank all", "delta lowrank", "mamba2 headwise")
 RECURRENT = ("hf_mamba2", "hf_qwen3_next", "jet_nemotron_tiny", "delta lowrank", "mamba2 headwise")
 
 
@@ -35,7 +36,10 @@ def loaded(family: str) -> Decoder:
     if family in GOLDEN_FAMILIES:
         return load_model(GOLDEN / "models" / family, torch.float64, CPU, backend="reference")
     with tempfile.TemporaryDirectory() as folder:
-        write_model(Path(folder) / "m", config_of(family))
+        if family == "canon":
+            write_canon(Path(folder) / "m", CANON)
+        else:
+            write_model(Path(folder) / "m", config_of(family))
         return load_model(Path(folder) / "m", torch.float64, CPU, backend="reference")
 
 

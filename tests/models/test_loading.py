@@ -286,11 +286,22 @@ def test_any_conv_object_is_read_or_refused(value: Any) -> None:
 
 
 def test_inspect_agrees_with_the_loaded_model() -> None:
+    """What a token, a sequence and a hit of the prefix cache cost, before anything is loaded."""
     from convserve.engine.inspection import inspect_model
 
-    for name in ("dynconv_all_linear", "hf_qwen3", "static_qkv", "dynconv_moe_qkv", "hf_lfm2"):
+    folders = ("dynconv_all_linear", "hf_qwen3", "static_qkv", "dynconv_moe_qkv", "hf_lfm2")
+    recurrent = ("hf_mamba2", "hf_qwen3_next", "jet_nemotron_tiny")
+    for name in (*folders, *recurrent):
         folder = GOLDEN / "models" / name
-        model = load_model(folder, torch.float32, CPU)
-        report = inspect_model(folder)
-        assert f"{model.state_spec.kv_bytes_per_token:,} bytes" in report
-        assert f"replay length            {model.state_spec.replay_length} tokens" in report
+        spec = load_model(folder, torch.float32, CPU).state_spec
+        report = dict(line.split("  ", 1) for line in inspect_model(folder).splitlines())
+        report = {key: value.strip() for key, value in report.items()}
+        assert report["KV per token"] == f"{spec.kv_bytes_per_token:,} bytes"
+        assert report["recurrent per sequence"] == f"{spec.recurrent_bytes:,} bytes"
+        assert report["tail at a prefix"] == f"{spec.tail_bytes:,} bytes"
+        replay = "none: a prefix is shared up to where a tail is stored"
+        if name in recurrent:
+            assert spec.tail_bytes > spec.recurrent_bytes > 0
+        else:
+            replay = f"{spec.replay_length} tokens"
+        assert report["replay length"] == replay

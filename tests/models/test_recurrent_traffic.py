@@ -37,23 +37,8 @@ def continuation(prompt: list[int], count: int) -> list[int]:
 class Accumulator:
     """A model whose next token is its recurrent state, which is a hash of every token so far."""
 
-    is_capturable = False
-    vocab_size = VOCAB
+    ops = Ops()
     state_spec = StateSpec((LayerSpec(recurrent=RecurrentSpec(1, 1, 1)),), torch.float64, None)
-
-    def argmax(self, logits: torch.Tensor) -> torch.Tensor:
-        return Ops().argmax(logits)
-
-    def sample(
-        self,
-        logits: torch.Tensor,
-        temperature: torch.Tensor,
-        top_k: torch.Tensor,
-        top_p: torch.Tensor,
-        min_p: torch.Tensor,
-        numbers: torch.Tensor,
-    ) -> torch.Tensor:
-        return Ops().sample(logits, temperature, top_k, top_p, min_p, numbers)
 
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
         flat, state = batch.flat, batch.state[0].recurrent
