@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import math
 import signal
 import statistics
-import tempfile
 import traceback
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from captured import captured
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -84,59 +81,17 @@ def graph_us(calls: list[Callable[[], Any]]) -> float:
 
 def graph_times(calls: list[Callable[[], Any]], replays: int) -> list[float]:
     """Microseconds of each replay of a graph of all calls."""
-    replay = captured(*calls)
+    graph = captured(calls)
     times: list[float] = []
     for turn in range(replays + 2):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
-        replay()
+        graph.replay()
         end.record()
         end.synchronize()
         if turn > 1:
             times.append(begin.elapsed_time(end) * 1e3)
     return times
-
-
-def captured(*calls: Callable[[], Any]) -> Callable[[], None]:
-    """Replays a graph of all calls."""
-    calls[0]()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    return graph.replay
-
-
-def report_kernels(title: str, run: Callable[[], None], turns: int) -> None:
-    """What each kernel, told apart by its grid, adds to the time of `run`: from the end of the one
-    before it to its own, since kernels overlap."""
-    run()
-    torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
-        for _ in range(turns):
-            run()
-        torch.cuda.synchronize()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        trace.export_chrome_trace(str(path))
-        events = json.loads(path.read_text())["traceEvents"]
-    events = [e for e in events if e.get("cat") == "kernel"]
-    events.sort(key=lambda e: e["ts"] + e["dur"])
-    totals: dict[tuple[str, str], list[float]] = {}
-    last = -math.inf
-    for event in events:
-        end = event["ts"] + event["dur"]
-        key = (event["name"], str(event["args"].get("grid")))
-        totals.setdefault(key, []).append(min(end - last, event["dur"]))
-        last = end
-    total = sum(map(sum, totals.values())) / turns
-    print(f"kernels of {title}: {total:.0f} us in {len(events) / turns:.0f} launches", flush=True)
-    for (name, grid), times in sorted(totals.items(), key=lambda item: -sum(item[1]))[:18]:
-        count = len(times) / turns
-        each = sum(times) / len(times)
-        text = f"{each * count:8.1f} us = {count:5.1f} x {each:7.2f}"
-        print(f"  {text}  {name[:44]} {grid}", flush=True)
 
 
 def attempt(name: str, part: Callable[[], Any], seconds: float = 60) -> Any:

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 
 import _import  # noqa: F401  (makes `convserve` importable)
 import torch
+from captured import captured, report_kernels
 from convserve.cache import CacheSizes
 from convserve.cache.storage import CacheStorage
 from convserve.engine import graphs
@@ -40,9 +41,7 @@ from hybrid_cases import (
     SHAPES,
     RandomReader,
     attempt,
-    captured,
     graph_times,
-    report_kernels,
 )
 from safetensors.torch import load_file
 
@@ -317,8 +316,8 @@ class Bench:
         for (count, context), batch in zip(self.cells, batches, strict=True):
             if self.device.type == "cuda" and context <= 1024:
                 with torch.inference_mode():
-                    run = captured(lambda b=batch: model.ops.argmax(model.forward(b)))
-                report_kernels(f"{name} batch {count}", run, 10)
+                    graph = captured([lambda b=batch: model.ops.argmax(model.forward(b))])
+                report_kernels(f"{name} batch {count}", graph.replay, 10)
 
 
 def generate(core: EngineCore, prompts: list[list[int]], count: int = 16) -> list[list[int]]:

@@ -26,6 +26,7 @@ import kernel_cases
 import kernel_steps
 import paged_peer
 import torch
+from captured import captured
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -52,15 +53,7 @@ class Case:
 
 def time_calls(calls: list[Callable[[], object]], replays: int = 7) -> float:
     """Microseconds a call, chained in one graph."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        calls[0]()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
+    graph = captured(calls)
     for _ in range(2):
         graph.replay()
     times = []

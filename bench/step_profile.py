@@ -5,8 +5,7 @@
 First, milliseconds a step, from the bare kernels to the engine, each line with one thing more: the
 bench's step, eight in one graph and one in one graph, over keys and values that rotate and over
 some of every layer's own; the engine's graph, replayed alone; with the upload and the copy of
-tokens; the engine. Then, from the profiler, what each kernel adds to a step: kernels overlap, so a
-kernel's share is by how much it moves the end of all that has run, and what nothing covers is idle.
+tokens; the engine. Then, from the profiler, which kernels either is made of.
 
 Prompts are not computed: keys, values and rings are random, every sequence has the same length, and
 the context is that of the table at the middle of the measured steps.
@@ -16,14 +15,11 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import sys
-import tempfile
 import time
-from collections import defaultdict
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -31,13 +27,13 @@ import _import  # noqa: F401
 import gpu_engine
 import kernel_steps
 import torch
+from captured import captured, report_kernels
 from convserve.engine import graphs
 from convserve.engine.messages import GenerateRequest, SamplingParams
 from convserve.engine.output import Output
 from convserve.engine.reports import to_host
 from convserve.kernels.triton_compile import compiling
 from kernel_cases import DIM, HEADS, make_batch, normal
-from torch.profiler import ProfilerActivity, profile
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -127,72 +123,12 @@ def wall_ms(core: EngineCore, count: int) -> list[float]:
     return times
 
 
-def captured(step: Callable[[], object], count: int = 1) -> torch.cuda.CUDAGraph:
-    """So many steps in a graph."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(count):
-            step()
-    return graph
-
-
 def bare_step(model: kernel_steps.Model, seqs: int, caches: int) -> Callable[[], object]:
     """The bench's step over so many caches of keys and values."""
     batch = make_batch(seqs, 1, CONTEXT - 1)
     pages = int(batch.pages.max()) + 1
     held = [(normal(pages, HEADS, 16, DIM), normal(pages, HEADS, 16, DIM)) for _ in range(caches)]
     return kernel_steps.whole_step(model, batch, held)
-
-
-Trace = tuple[dict[str, list[float]], float]
-"""{kernel and grid: [calls, us added]} a step, and us of idle time a step."""
-
-
-def trace(call: Callable[[], object], count: int) -> Trace:
-    """Runs `call` so many times under the profiler."""
-    torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA]) as traced:
-        for _ in range(count):
-            call()
-        torch.cuda.synchronize()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        traced.export_chrome_trace(str(path))
-        found: list[dict[str, Any]] = json.loads(path.read_text())["traceEvents"]
-    work = [e for e in found if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
-    work.sort(key=lambda e: e["ts"] + e["dur"])
-    rows: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
-    idle, reached = 0.0, work[0]["ts"] if work else 0.0
-    for e in work:
-        end = e["ts"] + e["dur"]
-        grid = "x".join(str(n) for n in e.get("args", {}).get("grid", []))
-        name = f"{e['name'][:44]} {grid}".strip()
-        gap = max(0.0, e["ts"] - reached)
-        idle += gap
-        rows[name][0] += 1 / count
-        rows[name][1] += max(0.0, end - reached - gap) / count
-        reached = max(reached, end)
-    return dict(rows), idle / count
-
-
-def side_by_side(engine: Trace, bare: Trace) -> None:
-    """Prints both traces, the largest share first; nothing below half a microsecond."""
-    zero = [0.0, 0.0]
-    pairs = [(n, engine[0].get(n, zero), bare[0].get(n, zero)) for n in {**engine[0], **bare[0]}]
-    pairs.sort(key=lambda p: -max(p[1][1], p[2][1]))
-    total = [sum(p[1][1] for p in pairs), sum(p[2][1] for p in pairs)]
-    print(f"  us a step: engine {total[0]:.1f} + idle {engine[1]:.1f}, "
-          f"bare {total[1]:.1f} + idle {bare[1]:.1f}")  # fmt: skip
-    for name, ours, theirs in pairs:
-        if max(ours[1], theirs[1]) >= 0.5:
-            print(f"  {ours[0]:5.1f} x {ours[1]:7.1f} | {theirs[0]:5.1f} x {theirs[1]:7.1f} | "
-                  f"{ours[1] - theirs[1]:+6.1f}  {name}")  # fmt: skip
-    sys.stdout.flush()
 
 
 def engine_times(model: Decoder, batch: int) -> dict[str, float]:
@@ -226,8 +162,8 @@ def bare_times(model: kernel_steps.Model, batch: int) -> dict[str, float]:
     size = batch * CONTEXT * HEADS * DIM * 4
     for name, caches in (("rotating", max(1, min(24, 220_000_000 // size))), ("own", 24)):
         step = bare_step(model, batch, caches)
-        line[f"bare {name} x8"] = events_ms(captured(step, 8).replay, 3) / 8
-        line[f"bare {name}"] = events_ms(captured(step).replay)
+        line[f"bare {name} x8"] = events_ms(captured([step] * 8).replay, 3) / 8
+        line[f"bare {name}"] = events_ms(captured([step]).replay)
     return line
 
 
@@ -243,15 +179,13 @@ def print_times(kind: str, model: Decoder, bare: kernel_steps.Model | None, batc
 
 
 def print_traces(kind: str, model: Decoder, bare: kernel_steps.Model | None, batch: int) -> None:
-    """A table of kernels."""
+    """Tables of kernels."""
     print(f"{kind}, {batch} sequences, from the profiler:")
-    engine = trace(generating(model, batch).step, 8)
+    report_kernels("the engine", generating(model, batch).step, 8)
     free()
-    kernels: Trace = ({}, 0.0)
     if bare is not None:
-        kernels = trace(captured(bare_step(bare, batch, 24)).replay, 8)
+        report_kernels("the bare step", captured([bare_step(bare, batch, 24)]).replay, 8)
         free()
-    side_by_side(engine, kernels)
 
 
 def free() -> None:

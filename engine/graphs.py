@@ -179,7 +179,7 @@ def _compile_ahead(
             for shape in wanted if is_walk else ():
                 staging.upload_padded(_nobody(shape), shape, block[: shape.num_bytes])
                 step(shape.batch(block[: shape.num_bytes], layers))
-    except Exception:
+    except Exception:  # it stands in for Triton's insides, and a start can do without it
         _log.warning("kernels are compiled one by one; all at once failed", exc_info=True)
 
 

@@ -169,7 +169,7 @@ class Staging:
         views["pages"][seqs:] = 0
         if shape.logits == len(batch.logit_rows) and shape.seqs == seqs:
             views["logit_rows"][:] = batch.logit_rows.numpy()
-        elif shape.max_rows == 1:
+        elif shape.max_rows == 1:  # so that all rows are wanted, in their order
             views["logit_rows"][:] = np.arange(shape.logits)
         else:
             views["logit_rows"][:] = views["offsets"][1:] - 1

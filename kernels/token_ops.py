@@ -40,11 +40,11 @@ class TokenOps:
 
         Args:
             ids: [L] int64, chosen from the logits of `rows` [L] int64. Of several rows of one
-                sequence only its last one chooses.
+                sequence only its last one chooses; a negative row is nobody's.
             last: [slots] int64, written in place; slot 0 belongs to nobody.
         """
         seqs = batch.row_seq.long()[rows]
-        is_last = batch.offsets.long()[seqs + 1] - 1 == rows
+        is_last = (batch.offsets.long()[seqs + 1] - 1 == rows) & (rows >= 0)
         last[torch.where(is_last, batch.slots.long()[seqs], 0)] = ids
 
     def take_rows(self, table: Tensor, rows: Tensor) -> Tensor:

@@ -327,6 +327,16 @@ def test_a_conversation_hits_its_own_past(num_tails: int) -> None:
     assert core.stats().prefix_queries == 21 + 27 + 27 + 27
 
 
+@pytest.mark.parametrize("overlap", [True, False])
+def test_pages_that_an_answer_filled_are_hit_too(overlap: bool) -> None:
+    """Else every turn of a conversation computes the answer before it again."""
+    core = mock_core(overlap=overlap)
+    core.add(request("first", [1, 2, 3, 4, 5], 20))
+    drain(core)
+    turn = [1, 2, 3, 4, 5, *continuation([1, 2, 3, 4, 5], 20), 7]
+    assert hits(core, turn) == 24  # all but the last token of the answer: 6 pages of 4
+
+
 def test_cached_tokens_are_reported_once_and_resets_forget_them() -> None:
     core = mock_core()
     hits(core, list(range(20)))

@@ -1,14 +1,16 @@
 """One closed loop of streamed completions, made by our load test, by GuideLLM and by AIPerf.
 
     python tests/helpers/load_tools.py [URL MODEL FOLDER] [--pin 0 1] [--streams 1 2] [--rounds 4]
+    python tests/helpers/load_tools.py --mock --requests 48 --output-tokens 33
 
 Each round runs ours twice and the other two once, in turn, beginning with another one each time.
 The table gives the mean over rounds of every figure and, beside ours, the paired difference with
 its 95 % interval over rounds; ours against itself says how much of that is noise. The lines below
 say what the server saw in the same time, where it has vLLM's metrics: a tool that takes the
 server's cores makes it slower, and measures that. --pin gives the server one core, with one
-thread, and the tools another. Without a URL the default model is served. FOLDER holds the model's
-tokenizer. Definitions that differ are brought to ours: see docs/loadtest.md.
+thread, and the tools another. Without a URL the default model is served; with --mock its tokens
+are a mock server's, which takes 100 ms to the first and 15 ms to each other. FOLDER holds the
+model's tokenizer. Definitions that differ are brought to ours: see docs/loadtest.md.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ from convserve.loadtest.scenario import Scenario, make_scenario
 from convserve.loadtest.scrape import parse_metrics
 from convserve.loadtest.stats import student_t
 from convserve.server.default_model import default_model_folder
+from mocked import running_mock
 from running import Served, serving
 
 if TYPE_CHECKING:
@@ -286,6 +289,7 @@ def main() -> None:
     """Reads the arguments."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("server", nargs="*", metavar="URL MODEL FOLDER")
+    parser.add_argument("--mock", action="store_true", help="put the load on a mock server")
     parser.add_argument("--pin", type=int, nargs=2, metavar=("SERVER", "TOOLS"), help="cores")
     parser.add_argument("--streams", type=int, nargs="+", default=[4])
     parser.add_argument("--requests", type=int, default=64)
@@ -296,12 +300,16 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=4)
     args = parser.parse_args()
-    if len(args.server) not in (0, 3):
-        parser.error("URL MODEL FOLDER: give all three, or none for the default model")
+    if len(args.server) not in ((0,) if args.mock else (0, 3)):
+        parser.error("URL MODEL FOLDER: give all three, or none for the default model or --mock")
     clients = os.environ.get("CONVSERVE_CLIENTS", ".venv/clients/bin")
     with contextlib.ExitStack() as stack:
         if args.server:
             url, model, folder = args.server
+        elif args.mock:
+            mock = stack.enter_context(running_mock())
+            mock.program(ttft=(0.1,), itl=(0.015,))
+            url, model, folder = mock.url, "mock", default_model_folder()
         else:
             url, model, folder = stack.enter_context(default_model(args.pin and args.pin[0]))
         if args.pin:
