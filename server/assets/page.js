@@ -69,10 +69,12 @@ class Page {
 
   #reset() {
     $("sampling").reset();
-    for (const [name, value] of Object.entries(this.defaults)) {
-      $(name).value = value;
-      $(name).dispatchEvent(new Event("input"));
-    }
+    for (const [name, value] of Object.entries(this.defaults)) this.#turn(name, value);
+  }
+
+  #turn(name, value) {
+    $(name).value = value;
+    $(name).dispatchEvent(new Event("input"));
   }
 
   #listen() {
@@ -132,9 +134,10 @@ class Page {
     document.title = `${info.model} · convserve`;
     const most = $("max_tokens");
     most.max = most.parentElement.querySelector("[type=range]").max = info.max_model_len;
-    for (const [name, value] of Object.entries(info.defaults)) if (value !== null && name in this.defaults) this.defaults[name] = value;
+    const untouched = KNOBS.filter(([name]) => Number($(name).value) === this.defaults[name]);
+    for (const [name, , , , , value] of KNOBS) this.defaults[name] = info.defaults[name] ?? value;
     this.defaults.max_tokens = Math.min(info.defaults.max_new_tokens ?? 512, info.max_model_len >> 1); // the rest is for the prompt
-    this.#reset();
+    for (const [name] of untouched) this.#turn(name, this.defaults[name]); // what was set before the model was known stays
     const [chat, complete] = $("modes").querySelectorAll("input");
     chat.disabled = !info.chat;
     chat.parentElement.title = info.chat ? "" : "This model has no chat template";

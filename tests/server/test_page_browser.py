@@ -10,6 +10,7 @@ import re
 import shutil
 import socket
 import threading
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+TOKENIZER = Path(__file__).parents[1] / "data" / "tokenizer"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 if CHROMIUM is None:
     pytest.skip("there is no chromium", allow_module_level=True)
@@ -276,6 +278,28 @@ def test_a_server_that_goes_away_and_comes_back(
     page.get_by_role("button", name="Try again").click()
     finished(page)
     assert page.locator(".turn:not(.mine) .text").inner_text() == "back"
+
+
+def test_what_was_set_before_the_model_is_known_stays(
+    site: Callable[..., Site], visit: Callable[..., Any], tmp_path: Path
+) -> None:
+    """A quick hand beats a slow server: the model's defaults must not undo what was typed."""
+    shutil.copytree(TOKENIZER, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "generation_config.json").write_text('{"temperature": 0.7, "top_p": 0.9}')
+    # with a key wanted, nothing is known of the model until it is given
+    here = site(FakeEngine("hello"), folder=tmp_path, api_keys=("right",))
+    page = visit(here.url)
+    page.fill("#temperature", "0.25")
+    page.fill("#system", "Be brief.")
+    page.get_by_label("API key").fill("right")
+    page.get_by_role("button", name="Use key").click()
+    playwright.expect(page.locator("#status")).to_have_text("ready")
+    assert page.input_value("#top_p") == "0.9"
+    assert page.input_value("#temperature") == "0.25"
+    assert page.get_by_label("Temperature, slider").input_value() == "0.25"
+    assert page.input_value("#system") == "Be brief."
+    page.get_by_role("button", name="Back to the model's defaults").click()
+    assert page.input_value("#temperature") == "0.7"
 
 
 def test_a_refusal_is_told_in_the_servers_words(
